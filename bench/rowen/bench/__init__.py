@@ -1,0 +1,1 @@
+"""Traffic, measurements and reports: what the demo and the benchmarks are made of."""

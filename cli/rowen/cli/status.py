@@ -1,0 +1,59 @@
+"""``rowen status``: one look at a running stack, from the two HTTP faces of daemon and scheduler."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rowen.cli.addresses import Addresses, AddressesError, read_addresses
+
+DEADLINE_S = 5.0
+"""Both faces answer in milliseconds; five seconds is a process that hangs."""
+
+
+def run_status(run_dir: Path, *, as_json: bool) -> int:
+    """Print what runs; 1 when a part does not answer, 2 when nothing runs under ``run_dir``."""
+    try:
+        addresses = read_addresses(run_dir)
+    except AddressesError as error:
+        Console(stderr=True).print(f"rowen status: {escape(str(error))}")
+        return 2
+    report = gather(addresses)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(report)
+    return 1 if any("error" in part for part in report.values() if isinstance(part, dict)) else 0
+
+
+def gather(addresses: Addresses) -> dict[str, Any]:
+    """Ask every part; one that does not answer is reported as ``{"error": …}`` in its place."""
+    return {
+        "run_dir": str(addresses.run_dir),
+        "serving": {"url": addresses.serving, **_ask(f"{addresses.serving}/health")},
+        "endpoint": {"url": addresses.scheduler, **_ask(f"{addresses.scheduler}/rowen/v1/engines")},
+        "versions": _ask(f"{addresses.scheduler}/rowen/v1/versions"),
+        "trajectories": _ask(f"{addresses.scheduler}/rowen/v1/trajectories"),
+        "daemon": {"url": addresses.daemon, **_ask(f"{addresses.daemon}/status")},
+    }
+
+
+def _ask(url: str) -> dict[str, Any]:
+    try:
+        with urllib.request.urlopen(url, timeout=DEADLINE_S) as answer:
+            body = answer.read()
+    except urllib.error.HTTPError as error:
+        return {"error": f"{url} answered HTTP {error.code}"}
+    except OSError as error:
+        return {"error": f"{url} does not answer ({error})"}
+    if not body:
+        return {}
+    document = json.loads(body)
+    return document if isinstance(document, dict) else {"items": document}

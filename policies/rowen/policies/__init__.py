@@ -1,0 +1,1 @@
+"""SLO policy files and the pure decision cores over them: guard and reclaim ladder."""
