@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random 0.8 M-parameter Llama (float32) without a tokenizer; serve it with --skip-tokenizer-init."""
+    """A random Llama of 0.6 M parameters without a tokenizer: serve with --skip-tokenizer-init."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,4 +1,4 @@
-"""The seven components are portions of one namespace, and every list in pyproject.toml names them all."""
+"""Seven components, portions of one namespace; every list in pyproject.toml names them all."""
 
 from __future__ import annotations
 

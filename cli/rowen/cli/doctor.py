@@ -1,8 +1,8 @@
 """``rowen doctor``: what this machine has and lacks for each part of Rowen.
 
 Every check runs a real probe (a subprocess where the probe could crash or change the process) and
-answers with one of three words: ``ok``, ``absent`` (Rowen works without it, and the remedy says what
-would be gained) or ``missing`` (a part of Rowen cannot run; the command then exits 1).
+answers with one of three words: ``ok``, ``absent`` (Rowen works without it, and the remedy says
+what would be gained) or ``missing`` (a part of Rowen cannot run; the command then exits 1).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def machine() -> Finding:
             name="machine",
             state="missing",
             detail=detail,
-            remedy="`rowen up` pins the accelerator to one core and the hosts to another: give it two",
+            remedy="`rowen up` gives the accelerator one core and the hosts another: give it two",
         )
     return Finding(name="machine", state="ok", detail=detail)
 
@@ -101,14 +101,14 @@ def engine() -> Finding:
             name="engine",
             state="missing",
             detail=f"{version} does not import: {line}",
-            remedy="remove torchvision, torchaudio and torchcodec built for CUDA, or run `make setup`",
+            remedy="remove torchvision, torchaudio, torchcodec built for CUDA, or run `make setup`",
         )
     return Finding(name="engine", state="ok", detail=f"{version}, {line}")
 
 
 def amx() -> Finding:
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("flags", 1)[-1].split("\n", 1)[0]
-    if " amx_tile" not in flags:
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    if " amx_tile" not in cpuinfo:
         return Finding(
             name="amx",
             state="absent",
@@ -120,7 +120,7 @@ def amx() -> Finding:
             name="amx",
             state="missing",
             detail=f"the kernel refused the tile permission ({line or 'no answer'})",
-            remedy="without it bf16 engines die with SIGILL at the first prefill: use dtype float32",
+            remedy="without it bf16 engines die of SIGILL at the first prefill: use dtype float32",
         )
     return Finding(name="amx", state="ok", detail="tile permission granted; the plugin asks for it")
 
@@ -171,7 +171,7 @@ def gpu() -> Finding:
             name="gpu",
             state="absent",
             detail=f"no CUDA device is visible to torch ({line})",
-            remedy="engines run on the CPU; on a GPU host install the CUDA builds of torch and vllm",
+            remedy="engines run on the CPU; a GPU host needs the CUDA builds of torch and vllm",
         )
     return Finding(name="gpu", state="ok", detail=line)
 

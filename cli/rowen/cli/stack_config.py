@@ -1,4 +1,4 @@
-"""The Stack file of ``rowen up``: what runs on this one machine, with embedded defaults for all of it.
+"""The Stack file of ``rowen up``: what runs on this machine, with embedded defaults for all of it.
 
 Only shapes and cross-field rules live here; nothing is started or opened except by ``check_stack``,
 which looks at the files and ports that are named, before anything starts.
@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from rowen.cli.model import ModelError, check_model_folder, embedded_model
-from rowen.policies.load import PolicyError, load_policy
+from rowen.policies.document import DocumentError, read_document
+from rowen.policies.load import PolicyError, library_policy, load_policy
+from rowen.policies.schema import Strict
 
 DEFAULT_RUN_DIR = Path("out/up")
-EMBEDDED_POLICY = Path(__file__).with_name("embedded-policy.yaml")
+EMBEDDED_POLICY = library_policy("demo")
 """The policy of the embedded stack, shipped with the package."""
 
 
@@ -26,11 +28,7 @@ class StackError(Exception):
     """The stack cannot be started as configured.  Nothing was started."""
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Cores(_Model):
+class Cores(Strict):
     """Which core plays the shared accelerator and which one carries the hosts' work."""
 
     accelerator: int = Field(0, ge=0)
@@ -48,7 +46,7 @@ class Cores(_Model):
         return self
 
 
-class EngineShape(_Model):
+class EngineShape(Strict):
     """The size of one engine."""
 
     port: int = Field(0, ge=0, le=65535)
@@ -67,14 +65,14 @@ class DedicatedShape(EngineShape):
     count: int = Field(1, ge=0)
 
 
-class PortShape(_Model):
+class PortShape(Strict):
     port: int = Field(0, ge=0, le=65535)
 
 
-class Stack(_Model):
+class Stack(Strict):
     """One machine's worth of Rowen."""
 
-    apiVersion: Literal["rowen.dev/v1alpha1"] = "rowen.dev/v1alpha1"  # noqa: N815 - a wire name
+    apiVersion: Literal["rowen.dev/v1alpha1"] = "rowen.dev/v1alpha1"
     kind: Literal["Stack"] = "Stack"
     model: str = "embedded"
     """``embedded``, or a Hugging Face model folder."""
@@ -105,32 +103,9 @@ def load_stack(path: Path | None) -> Stack:
     if path is None:
         return Stack()
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StackError(f"{path}: cannot be read ({error.strerror}); give a Stack file") from error
-    except yaml.YAMLError as error:
-        raise StackError(f"{path}: is not YAML: {error}") from error
-    if not isinstance(document, dict):
-        raise StackError(
-            f"{path}: holds {type(document).__name__}, not a mapping; "
-            "start from `rowen up --print-config`"
-        )
-    try:
-        return Stack.model_validate(document)
-    except ValidationError as error:
-        raise StackError("\n".join(f"{path}: {_sentence(fault)}" for fault in error.errors())) from (
-            error
-        )
-
-
-def _sentence(fault: object) -> str:
-    assert isinstance(fault, dict)
-    field = ".".join(str(part) for part in fault["loc"]) or "(whole file)"
-    remedy = "remove it" if fault["type"] == "extra_forbidden" else "correct it"
-    return (
-        f"{field}: {fault['msg']}; it is {fault['input']!r}: {remedy} "
-        "(`rowen up --print-config` shows every field)"
-    )
+        return read_document(path, Stack)
+    except DocumentError as error:
+        raise StackError(f"{error}\n(`rowen up --print-config` shows every field)") from error
 
 
 def check_stack(stack: Stack) -> None:

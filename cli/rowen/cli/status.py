@@ -1,4 +1,4 @@
-"""``rowen status``: one look at a running stack, from the two HTTP faces of daemon and scheduler."""
+"""``rowen status``: one look at a running stack, through the pages of daemon and scheduler."""
 
 from __future__ import annotations
 
@@ -57,3 +57,40 @@ def _ask(url: str) -> dict[str, Any]:
         return {}
     document = json.loads(body)
     return document if isinstance(document, dict) else {"items": document}
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the report as tables for people."""
+    console = Console()
+    for part, document in report.items():
+        if isinstance(document, dict) and "error" in document:
+            console.print(f"[red]{part}[/]: {escape(document['error'])}")
+    console.print(f"endpoint [bold]{report['endpoint'].get('url')}[/]")
+    console.print(_harvest_table(report["daemon"]))
+    console.print(_engine_table(report["endpoint"]))
+    console.print(_pairs_table("trajectories", report["trajectories"]))
+
+
+def _harvest_table(daemon: dict[str, Any]) -> Table:
+    fields = ("mode", "gate", "reason", "detail", "sequence_cap", "fast_path", "rung", "cause")
+    return _pairs_table("harvest", {field: daemon.get(field) for field in fields})
+
+
+def _engine_table(endpoint: dict[str, Any]) -> Table:
+    table = Table(title="engines", title_justify="left")
+    columns = ("engine_id", "kind", "state", "version", "running", "tokens_total", "reason")
+    for column in columns:
+        table.add_column(column)
+    for engine in endpoint.get("engines", []):
+        table.add_row(*(escape(str(engine.get(column, ""))) for column in columns))
+    return table
+
+
+def _pairs_table(title: str, document: dict[str, Any]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for key, value in document.items():
+        if not isinstance(value, list | dict):
+            table.add_row(key, escape(str(value)))
+        elif isinstance(value, dict) and title == "harvest":
+            table.add_row(key, ", ".join(f"{name} {word}" for name, word in value.items()))
+    return table

@@ -45,13 +45,18 @@ class EngineSpec(BaseModel):
     kv_cache_bytes: int = Field(default=1 * GIB, ge=1024**2)
     """Size of the KV cache."""
     engine_cores: tuple[int, ...] = ()
-    """Cores of the process that computes; empty leaves placement to the kernel."""
+    """Cores of the process that computes, one thread per core; empty: one thread, placed by the
+    kernel."""
     front_cores: tuple[int, ...] = ()
     """Cores of everything else (HTTP, tokenizer, heartbeats); empty: left to the kernel."""
     idle_class: bool = False
     """Run all threads in SCHED_IDLE: they only get what nobody else wants."""
     lane: Path | None = None
     """The lane file: a serving engine writes its probe there, a rollout engine is gated by it."""
+    probe_silent_ms: int = Field(default=500, ge=1, le=1000)
+    """Age from which a gated engine no longer believes the serving engine's heartbeat."""
+    daemon_silent_ms: int = Field(default=500, ge=1, le=1000)
+    """Age from which a gated engine no longer believes the daemon's heartbeat."""
     log: Path | None = None
     """File that gets the engine's output; by default NAME.log in the run folder."""
     extra_args: tuple[str, ...] = ()
@@ -100,13 +105,20 @@ class EngineSpec(BaseModel):
         if self.lane is not None:
             is_serving = self.role == "serving"
             arguments["--scheduler-cls"] = PROBE_SCHEDULER if is_serving else GATED_SCHEDULER
-            arguments["--additional-config"] = json.dumps({"rowen": {"lane": str(self.lane)}})
+            arguments["--additional-config"] = json.dumps({"rowen": self._lane_settings()})
         if self.role == "rollout":
             arguments["--weight-transfer-config"] = json.dumps({"backend": "rowen"})
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         for option, value in arguments.items():
             command += [option] if value is None else [option, value]
         return [*command, *self.extra_args]
+
+    def _lane_settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = {"lane": str(self.lane)}
+        if self.role == "rollout":
+            settings["probe_silent_ms"] = self.probe_silent_ms
+            settings["daemon_silent_ms"] = self.daemon_silent_ms
+        return settings
 
     def environment(self) -> dict[str, str]:
         """The variables to set over the owner's own environment."""

@@ -25,7 +25,29 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal
+
+from rowen.executor.readings import (
+    CLOSE_SAMPLES,
+    UNLIMITED,
+    DaemonReading,
+    GateReading,
+    ProbeReading,
+)
+
+__all__ = [
+    "CLOSE_SAMPLES",
+    "LANE_BYTES",
+    "LANE_VERSION",
+    "UNLIMITED",
+    "DaemonReading",
+    "GateReading",
+    "Lane",
+    "LaneError",
+    "LaneRole",
+    "LaneTorn",
+    "ProbeReading",
+]
 
 LaneRole = Literal["probe", "daemon", "gate", "reader"]
 
@@ -35,24 +57,16 @@ LANE_BYTES: Final = 4096
 LANE_VERSION: Final = 1
 """Raised whenever a byte of the layout changes meaning; other versions are refused."""
 
-UNLIMITED: Final = 2**31 - 1
-"""A cap or budget that does not bind."""
-
-CLOSE_SAMPLES: Final = 64
-"""How many of the newest close-to-idle times the gate record holds."""
-
 _MAGIC: Final = b"ROWNLANE"
 _HEADER = struct.Struct("<8sIIIIIIII")  # magic, version, file bytes, 3 x (offset, bytes) as u32
-_SEQUENCE = struct.Struct("<Q")
-_CHECKSUM = struct.Struct("<I4x")
-_PROBE = struct.Struct("<QQIIdQddQQQQ")
-_DAEMON = struct.Struct("<QQIIIIQQ")
-_GATE = struct.Struct(f"<QIIQQQQQQQQQ{CLOSE_SAMPLES}I{CLOSE_SAMPLES}I")
+_PROBE_FIELDS: Final = "QIIdQdQdQQQQ"  # in the order of the readings below, little-endian
+_DAEMON_FIELDS: Final = "Q?3xIIIQQQ"
+_GATE_FIELDS: Final = f"Q??6xQQQQQQQQQQ{CLOSE_SAMPLES}I{CLOSE_SAMPLES}I"
+_FRAME_BEFORE, _FRAME_AFTER = "Q", "I4xQ"  # sequence | payload | checksum, sequence
 
 _PROBE_OFFSET: Final = 512
 _DAEMON_OFFSET: Final = 768
 _GATE_OFFSET: Final = 1024
-_FRAME_BYTES: Final = 2 * _SEQUENCE.size + _CHECKSUM.size
 
 _READ_ATTEMPTS: Final = 40
 """Attempts before LaneTorn; after the first ten each waits, together about 2 ms."""
@@ -70,91 +84,51 @@ class LaneTorn(LaneError):
     """A record stayed half-written through all attempts (its writer died or sleeps inside it)."""
 
 
-class ProbeReading(NamedTuple):
-    """What the serving engine last said.  A never-written record has ``heartbeat_ns`` 0."""
-
-    heartbeat_ns: int
-    requests_waiting: int
-    requests_running: int
-    oldest_waiting_age_ms: float
-    """Age, at the heartbeat, of the oldest request that was never scheduled; 0 without one."""
-    prefill_tokens_waiting: int
-    kv_used_ratio: float
-    step_started_ns: int
-    """When the step in flight began; 0 between steps."""
-    step_predicted_ms: float
-    """Predicted time of the step in flight (of the last one, between steps); 0 before a fit."""
-    steps_total: int
-    busy_ns_total: int
-    """Time with any request running or waiting since the engine started."""
-    changed_ns: int = 0
-    """When the engine last went from idle to busy or back."""
-    writer_pid: int = 0
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether any request runs or waits."""
-        return self.requests_running + self.requests_waiting > 0
+_SAMPLES_TOTAL: Final = GateReading._fields.index("samples_total")
 
 
-class DaemonReading(NamedTuple):
-    """What the daemon last decided.  A never-written record has ``heartbeat_ns`` 0."""
+class _Record:
+    """Where one record lies and how its bytes read."""
 
-    heartbeat_ns: int
-    gate_open: bool
-    token_budget: int
-    """Tokens per step of the rollout engine; UNLIMITED does not bind, 0 closes."""
-    sequence_cap: int
-    """Sequences in a step of the rollout engine; UNLIMITED does not bind, 0 closes."""
-    block_cap: int
-    """KV blocks the rollout engine may hold; UNLIMITED does not bind."""
-    epoch: int
-    changed_ns: int = 0
-    """When ``gate_open`` last flipped."""
-    writer_pid: int = 0
+    def __init__(self, offset: int, fields: str, writer: str) -> None:
+        self.offset = offset
+        self.writer = writer
+        self.fields = struct.Struct("<" + fields)
+        self.frame = struct.Struct("<" + _FRAME_BEFORE + fields + _FRAME_AFTER)
+        self.payload = slice(8, 8 + self.fields.size)
+        self.end = offset + self.frame.size
 
+    def wrap(self, sequence: int, payload: bytes) -> bytes:
+        checksum = zlib.crc32(payload, sequence & 0xFFFFFFFF)
+        return struct.pack("<Q", sequence) + payload + struct.pack("<I4xQ", checksum, sequence)
 
-class GateReading(NamedTuple):
-    """What the rollout engine last did.  A never-written record has ``heartbeat_ns`` 0."""
-
-    heartbeat_ns: int
-    is_open: bool
-    is_computing: bool
-    """A step is being computed and not held: closed and computing means a layer still runs."""
-    closings_total: int
-    close_to_idle_us: int
-    """The last close-to-idle time, and the largest since the engine started; see README."""
-    close_to_idle_max_us: int
-    steps_total: int
-    tokens_total: int
-    """Tokens (prompt and new) that went through the model."""
-    close_to_idle_ring_us: tuple[int, ...] = ()
-    """The newest close-to-idle times, at most CLOSE_SAMPLES, oldest first."""
-    close_to_idle_wall_ring_us: tuple[int, ...] = ()
-    """The same closings by the clock on the wall, time off the core included."""
-    samples_total: int = 0
-    """Closings that met a running step; each gave one sample."""
-    epoch_seen: int = 0
-    """The daemon's epoch that the gate last read."""
-    open_ns_total: int = 0
-    writer_pid: int = 0
+    def unwrap(self, content: bytes) -> tuple[Any, ...] | None:
+        """The numbers of a framed record; None when it is half-written."""
+        numbers = self.frame.unpack(content)
+        sequence = numbers[0]
+        if sequence != numbers[-1]:
+            return None
+        if zlib.crc32(content[self.payload], sequence & 0xFFFFFFFF) != numbers[-2]:
+            return None
+        return numbers[1:-2]
 
 
-_RECORDS: Final = {
-    "probe": (_PROBE_OFFSET, _PROBE.size, "serving engine's probe"),
-    "daemon": (_DAEMON_OFFSET, _DAEMON.size, "daemon"),
-    "gate": (_GATE_OFFSET, _GATE.size, "rollout engine's gate"),
-}
-_PROBE_AND_DAEMON_BYTES: Final = _DAEMON_OFFSET + _DAEMON.size + _FRAME_BYTES - _PROBE_OFFSET
-assert _PROBE_OFFSET + _PROBE.size + _FRAME_BYTES <= _DAEMON_OFFSET
-assert _DAEMON_OFFSET + _DAEMON.size + _FRAME_BYTES <= _GATE_OFFSET
-assert _GATE_OFFSET + _GATE.size + _FRAME_BYTES <= LANE_BYTES
+_PROBE: Final = _Record(_PROBE_OFFSET, _PROBE_FIELDS, "serving engine's probe")
+_DAEMON: Final = _Record(_DAEMON_OFFSET, _DAEMON_FIELDS, "daemon")
+_GATE: Final = _Record(_GATE_OFFSET, _GATE_FIELDS, "rollout engine's gate")
+_RECORDS: Final = {"probe": _PROBE, "daemon": _DAEMON, "gate": _GATE}
+assert _PROBE.end <= _DAEMON_OFFSET
+assert _DAEMON.end <= _GATE_OFFSET
+assert _GATE.end <= LANE_BYTES
+
+_BOTH_BYTES: Final = _DAEMON.end - _PROBE_OFFSET
+_DAEMON_IN_BOTH: Final = _DAEMON_OFFSET - _PROBE_OFFSET
 
 
 def _header() -> bytes:
     numbers: list[int] = []
-    for offset, size, _ in _RECORDS.values():
-        numbers += [offset, size]
+    for record in _RECORDS.values():
+        numbers += [record.offset, record.fields.size]
     return _HEADER.pack(_MAGIC, LANE_VERSION, LANE_BYTES, *numbers)
 
 
@@ -176,24 +150,6 @@ def _check_header(path: Path, content: bytes, file_bytes: int) -> None:
         raise LaneError(f"the lane {path} has record sizes of another build; remove it")
 
 
-def _frame(sequence: int, payload: bytes) -> bytes:
-    number = _SEQUENCE.pack(sequence)
-    return number + payload + _CHECKSUM.pack(zlib.crc32(payload, sequence & 0xFFFFFFFF)) + number
-
-
-def _payload(content: bytes, start: int, size: int) -> bytes | None:
-    """Cut the payload out of a framed record; None when the record is half-written."""
-    end = start + _SEQUENCE.size + size
-    number = content[start : start + _SEQUENCE.size]
-    payload = content[start + _SEQUENCE.size : end]
-    after = end + _CHECKSUM.size
-    if number != content[after : after + _SEQUENCE.size]:
-        return None
-    checksum: int = _CHECKSUM.unpack_from(content, end)[0]
-    sequence: int = _SEQUENCE.unpack(number)[0]
-    return payload if zlib.crc32(payload, sequence & 0xFFFFFFFF) == checksum else None
-
-
 class Lane:
     """An open lane in one role.  Not thread-safe for writing; readers may share it."""
 
@@ -204,6 +160,8 @@ class Lane:
         self._sequence = int(time.monotonic_ns())  # differs from any number left in the file
         self._gate_was_open: bool | None = None
         self._gate_changed_ns = 0
+        # One attribute, replaced whole: threads may share a reader.
+        self._newest: tuple[bytes, tuple[ProbeReading, DaemonReading]] | None = None
 
     @staticmethod
     def create(path: str | Path) -> None:
@@ -225,9 +183,8 @@ class Lane:
                 raise
         content = bytearray(LANE_BYTES)
         content[: _HEADER.size] = _header()
-        for offset, size, _ in _RECORDS.values():
-            frame = _frame(0, bytes(size))
-            content[offset : offset + len(frame)] = frame
+        for record in _RECORDS.values():
+            content[record.offset : record.end] = record.wrap(0, bytes(record.fields.size))
         temporary = ""
         try:
             descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -289,25 +246,33 @@ class Lane:
             LaneTorn: half-written through all attempts.
             LaneError: truncated or unreadable.
         """
-        return _decode_probe(self._read("probe"))
+        return ProbeReading._make(self._read(_PROBE))
 
     def read_daemon(self) -> DaemonReading:
         """The daemon's record; raises as ``read_probe``."""
-        return _decode_daemon(self._read("daemon"))
+        return DaemonReading._make(self._read(_DAEMON))
 
     def read_gate(self) -> GateReading:
         """The gate's record; raises as ``read_probe``."""
-        return _decode_gate(self._read("gate"))
+        numbers = self._read(_GATE)
+        scalars, rings = numbers[: -2 * CLOSE_SAMPLES], numbers[-2 * CLOSE_SAMPLES :]
+        kept = min(scalars[_SAMPLES_TOTAL], CLOSE_SAMPLES)
+        ring_us, wall_us = rings[:kept], rings[CLOSE_SAMPLES : CLOSE_SAMPLES + kept]
+        return GateReading._make((*scalars, ring_us, wall_us))
 
     def read_probe_and_daemon(self) -> tuple[ProbeReading, DaemonReading]:
         """Both records that a gate needs, by one system call; raises as ``read_probe``."""
-        content = self._pread(_PROBE_OFFSET, _PROBE_AND_DAEMON_BYTES)
-        probe = _payload(content, 0, _PROBE.size)
-        daemon = _payload(content, _DAEMON_OFFSET - _PROBE_OFFSET, _DAEMON.size)
-        return (
-            _decode_probe(probe) if probe is not None else self.read_probe(),
-            _decode_daemon(daemon) if daemon is not None else self.read_daemon(),
-        )
+        content = self._pread(_PROBE_OFFSET, _BOTH_BYTES)
+        newest = self._newest
+        if newest is not None and newest[0] == content:
+            return newest[1]
+        probe = _PROBE.unwrap(content[: _PROBE.frame.size])
+        daemon = _DAEMON.unwrap(content[_DAEMON_IN_BOTH:])
+        if probe is None or daemon is None:
+            return self.read_probe(), self.read_daemon()
+        readings = ProbeReading._make(probe), DaemonReading._make(daemon)
+        self._newest = content, readings
+        return readings
 
     def write_probe(self, reading: ProbeReading) -> None:
         """Publish the probe's record as given.
@@ -315,7 +280,7 @@ class Lane:
         Raises:
             LaneError: the write failed; readers see the record before, or a torn one.
         """
-        self._write("probe", _encode_probe(reading))
+        self._write(_PROBE, _PROBE.fields.pack(*reading))
 
     def write_daemon(
         self,
@@ -334,23 +299,27 @@ class Lane:
         if gate_open != self._gate_was_open:
             self._gate_was_open = gate_open
             self._gate_changed_ns = now_ns
-        self._write(
-            "daemon",
-            _DAEMON.pack(
-                now_ns,
-                self._gate_changed_ns,
-                int(gate_open),
-                token_budget,
-                sequence_cap,
-                block_cap,
-                epoch,
-                os.getpid(),
-            ),
+        reading = DaemonReading(
+            now_ns,
+            gate_open,
+            token_budget,
+            sequence_cap,
+            block_cap,
+            epoch,
+            self._gate_changed_ns,
+            os.getpid(),
         )
+        self._write(_DAEMON, _DAEMON.fields.pack(*reading))
 
     def write_gate(self, reading: GateReading) -> None:
-        """Publish the gate's record as given; raises as ``write_probe``."""
-        self._write("gate", _encode_gate(reading))
+        """Publish the gate's record as given; raises as ``write_probe``.
+
+        Both rings hold at most CLOSE_SAMPLES times and as many as ``samples_total`` says.
+        """
+        *scalars, ring_us, wall_us = reading
+        assert len(ring_us) == len(wall_us) == min(reading.samples_total, CLOSE_SAMPLES)
+        rest = (0,) * (CLOSE_SAMPLES - len(ring_us))
+        self._write(_GATE, _GATE.fields.pack(*scalars, *ring_us, *rest, *wall_us, *rest))
 
     def _pread(self, offset: int, size: int) -> bytes:
         try:
@@ -361,21 +330,20 @@ class Lane:
             raise LaneError(f"the lane {self.path} was truncated; the daemon must make a new one")
         return content
 
-    def _read(self, record: str) -> bytes:
-        offset, size, writer = _RECORDS[record]
+    def _read(self, record: _Record) -> tuple[Any, ...]:
         for attempt in range(_READ_ATTEMPTS):
-            payload = _payload(self._pread(offset, size + _FRAME_BYTES), 0, size)
-            if payload is not None:
-                return payload
+            numbers = record.unwrap(self._pread(record.offset, record.frame.size))
+            if numbers is not None:
+                return numbers
             if attempt >= 10:
                 time.sleep(_READ_PAUSE_S)
-        raise LaneTorn(f"the record of the {writer} in {self.path} stayed half-written")
+        raise LaneTorn(f"the record of the {record.writer} in {self.path} stayed half-written")
 
-    def _write(self, record: str, payload: bytes) -> None:
-        assert record == self.role, f"a {self.role} must not write the {record} record"
+    def _write(self, record: _Record, payload: bytes) -> None:
+        assert _RECORDS.get(self.role) is record, f"the {self.role} must not write that record"
         self._sequence += 1
         try:
-            os.pwrite(self._descriptor, _frame(self._sequence, payload), _RECORDS[record][0])
+            os.pwrite(self._descriptor, record.wrap(self._sequence, payload), record.offset)
         except OSError as error:
             raise LaneError(f"the lane {self.path} cannot be written: {error.strerror}") from error
 
@@ -390,117 +358,12 @@ def _is_ours(path: Path) -> bool:
 
 
 def _lock_record(path: Path, descriptor: int, role: str) -> None:
-    offset, size, writer = _RECORDS[role]
-    lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, offset, size, 0)
+    record = _RECORDS[role]
+    lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, record.offset, record.frame.size, 0)
     try:
         fcntl.fcntl(descriptor, _F_OFD_SETLK, lock)
     except OSError as error:
         raise LaneError(
-            f"the lane {path} already has a living {writer}; stop it, or give this one "
+            f"the lane {path} already has a living {record.writer}; stop it, or give this one "
             "a lane of its own"
         ) from error
-
-
-def _encode_probe(reading: ProbeReading) -> bytes:
-    return _PROBE.pack(
-        reading.heartbeat_ns,
-        reading.changed_ns,
-        reading.requests_waiting,
-        reading.requests_running,
-        reading.oldest_waiting_age_ms,
-        reading.prefill_tokens_waiting,
-        reading.kv_used_ratio,
-        reading.step_predicted_ms,
-        reading.step_started_ns,
-        reading.steps_total,
-        reading.busy_ns_total,
-        reading.writer_pid,
-    )
-
-
-def _decode_probe(payload: bytes) -> ProbeReading:
-    (
-        heartbeat_ns,
-        changed_ns,
-        waiting,
-        running,
-        oldest_ms,
-        prefill_tokens,
-        kv_used_ratio,
-        predicted_ms,
-        started_ns,
-        steps,
-        busy_ns,
-        pid,
-    ) = _PROBE.unpack(payload)
-    return ProbeReading(
-        heartbeat_ns,
-        waiting,
-        running,
-        oldest_ms,
-        prefill_tokens,
-        kv_used_ratio,
-        started_ns,
-        predicted_ms,
-        steps,
-        busy_ns,
-        changed_ns,
-        pid,
-    )
-
-
-def _decode_daemon(payload: bytes) -> DaemonReading:
-    heartbeat_ns, changed_ns, is_open, tokens, sequences, blocks, epoch, pid = _DAEMON.unpack(
-        payload
-    )
-    return DaemonReading(
-        heartbeat_ns, is_open == 1, tokens, sequences, blocks, epoch, changed_ns, pid
-    )
-
-
-def _encode_gate(reading: GateReading) -> bytes:
-    ring = reading.close_to_idle_ring_us
-    wall = reading.close_to_idle_wall_ring_us
-    assert len(ring) == len(wall) <= CLOSE_SAMPLES
-    rest = (0,) * (CLOSE_SAMPLES - len(ring))
-    return _GATE.pack(
-        reading.heartbeat_ns,
-        int(reading.is_open),
-        int(reading.is_computing),
-        reading.closings_total,
-        reading.close_to_idle_us,
-        reading.close_to_idle_max_us,
-        reading.steps_total,
-        reading.tokens_total,
-        reading.samples_total,
-        reading.epoch_seen,
-        reading.open_ns_total,
-        reading.writer_pid,
-        *ring,
-        *rest,
-        *wall,
-        *rest,
-    )
-
-
-def _decode_gate(payload: bytes) -> GateReading:
-    numbers = _GATE.unpack(payload)
-    heartbeat_ns, is_open, is_computing, closings, last_us, max_us = numbers[:6]
-    steps, tokens, samples, epoch, open_ns, pid = numbers[6:12]
-    kept = min(samples, CLOSE_SAMPLES)
-    return GateReading(
-        heartbeat_ns,
-        is_open == 1,
-        is_computing == 1,
-        closings,
-        last_us,
-        max_us,
-        steps,
-        tokens,
-        numbers[12 : 12 + kept],
-        numbers[12 + CLOSE_SAMPLES : 12 + CLOSE_SAMPLES + kept],
-        samples,
-        epoch,
-        open_ns,
-        pid,
-    )

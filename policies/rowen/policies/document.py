@@ -1,7 +1,7 @@
 """Read a YAML file into a pydantic document and name every mistake by file, line, field and value.
 
-Used by the policy loader and by every other configuration file of Rowen, so that all of them fail in
-the same words.  Reads the one file it is given and nothing else.
+Used by the policy loader and by every other configuration file of Rowen, so that all of them fail
+in the same words.  Reads the one file it is given and nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from pydantic_core import ErrorDetails
 
 MAX_FILE_BYTES = 1_000_000
 """A configuration file is a few kilobytes; more is a wrong path."""
+
+MAX_DEPTH = 32
+"""Ours have six levels."""
 
 Document = TypeVar("Document", bound=BaseModel)
 Location = tuple[str | int, ...]
@@ -40,7 +43,7 @@ class Problem:
 
 
 class DocumentError(Exception):
-    """A configuration file cannot be used.  ``problems`` holds every mistake; nothing was changed."""
+    """A configuration file cannot be used; ``problems`` holds every mistake.  Nothing changed."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
@@ -54,14 +57,13 @@ def read_document(path: Path, model: type[Document]) -> Document:
         DocumentError: the file is missing, unreadable, not YAML, or not a valid ``model``; all
             mistakes at once.
     """
-    root = _compose(path, _read_text(path))
+    root, content = _parse(path, _read_text(path))
     duplicates = [
         Problem(path, line, _dotted(where), "the key stands twice; keep one of them")
         for where, line in _duplicate_keys(root, ())
     ]
     if duplicates:
         raise DocumentError(duplicates)
-    content: Any = yaml.SafeLoader.construct_document(yaml.SafeLoader(""), root)
     if not isinstance(content, dict):
         message = f"holds a {type(content).__name__}, expected a mapping of fields"
         raise DocumentError([Problem(path, 1, "", message)])
@@ -93,18 +95,40 @@ def _read_text(path: Path) -> str:
     raise DocumentError([Problem(path, None, "", message)])
 
 
-def _compose(path: Path, text: str) -> yaml.Node:
+def _parse(path: Path, text: str) -> tuple[yaml.Node, Any]:
+    """The nodes, which know their lines, and the plain values."""
     try:
+        _refuse_traps(path, text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark is not None else None
-        raise DocumentError([Problem(path, line, "", f"not YAML: {error.problem}")]) from None
-    except yaml.YAMLError as error:
+        mark_line = error.problem_mark.line + 1 if error.problem_mark is not None else None
+        message = f"not YAML: {error.problem}"
+        raise DocumentError([Problem(path, mark_line, "", message)]) from None
+    except (yaml.YAMLError, ValueError) as error:
         message = f"not YAML: {str(error).splitlines()[0]}"
         raise DocumentError([Problem(path, None, "", message)]) from None
     if root is None:
         raise DocumentError([Problem(path, None, "", "the file is empty")])
-    return root
+    return root, content
+
+
+def _refuse_traps(path: Path, text: str) -> None:
+    """Refuse what a few lines of can fill the memory or the stack, before any of it is built."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        message = ""
+        if isinstance(event, yaml.AliasEvent):
+            message = f"uses the YAML alias *{event.anchor}; write the value out instead"
+        elif isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            message = f"nested deeper than {MAX_DEPTH} levels; this is not a configuration file"
+        if message:
+            line = event.start_mark.line + 1 if event.start_mark is not None else None
+            raise DocumentError([Problem(path, line, "", message)])
 
 
 def _lines(node: yaml.Node, where: Location) -> Iterator[tuple[Location, int]]:

@@ -1,13 +1,13 @@
 """The guard: from readings to an open or closed gate and a cap on concurrent rollouts.
 
-Pure: it reads no clock (ages and elapsed time are in the readings), logs nothing and awaits nothing.
+Pure: it reads no clock (ages and elapsed time are in the readings), logs nothing, awaits nothing.
 Rules run from the most to the least severe and the first match wins.
 
 Invariants, each of them property-tested:
 
 * The kill switch wins over everything; not knowing its state counts as on.
 * A missing, stale or nonsensical reading closes the gate.
-* Monotone: of two equal histories, the one with a worse reading anywhere never ends with more harvest.
+* Monotone: of two histories, the one with a worse reading anywhere never ends with more harvest.
   This is why *every* closing, whatever its reason, starts the same cool-down: were a stale reading
   cheaper than a breach, losing sight of the engine would pay.
 * Cut at once, grow slowly: one bad reading cuts, growth needs ``growth.every_ms`` of good ones.
@@ -98,7 +98,7 @@ class GuardState:
     sequence_cap: int
     """The cap while open; 0 while closed."""
     steady_ms: float
-    """Continuous good readings: towards opening while closed, towards the next growth while open."""
+    """Time of good readings without a break: towards opening, or, once open, towards growth."""
     is_preview: bool = False
     """The state is of a preview, where nothing was really harvested."""
 
@@ -116,7 +116,7 @@ class GuardDecision:
     detail: str
     """The reading that decided and the bound it was held against, for people."""
     gate: Gate
-    """What the lane is told.  In preview always closed; ``state`` then says what would have been."""
+    """What the lane is told.  Always closed in preview; ``state`` then says what would be."""
     sequence_cap: int
     """Most concurrent rollouts now; 0 exactly when the gate is closed."""
     state: GuardState
@@ -132,7 +132,7 @@ def decide(previous: GuardState, seen: GuardSeen, policy: HarvestPolicy) -> Guar
     """Decide on the gate and the sequence cap; never raises, whatever the readings."""
     is_preview = seen.mode is Mode.PREVIEW
     if previous.is_preview != is_preview:
-        # What a preview would have grown to was never tried on real traffic: begin at the beginning.
+        # What a preview would have grown to was never tried on real traffic: begin anew.
         previous = START
     stop = _find_stop(seen, policy)
     if stop is not None:
@@ -335,7 +335,7 @@ def _open(action: Action, reason: Reason, detail: str, state: GuardState) -> Gua
 
 
 def _previewed(decision: GuardDecision) -> GuardDecision:
-    """The same decision with nothing opened; ``state`` and ``detail`` say what it would have done."""
+    """The same decision with nothing opened; ``state`` and ``detail`` say what it would do."""
     if decision.gate is Gate.CLOSED:
         return decision
     detail = f"preview: would {decision.action} ({decision.reason}: {decision.detail})"

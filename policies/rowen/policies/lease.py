@@ -1,8 +1,8 @@
 """The lease document of an engine: what its node says about it, as it stands in Redis.
 
-The node daemon (or, for a dedicated engine, whoever supervises it) writes it, the scheduler reads it.
-This module holds the document and the names of its keys and does no I/O, so that both sides agree
-without importing each other.
+The node daemon (or, for a dedicated engine, whoever supervises it) writes it, the scheduler reads
+it.  This module holds the document and the names of its keys and does no I/O, so that both sides
+agree without importing each other.
 
 Keys in Redis:
 
@@ -41,7 +41,7 @@ class Grant(StrEnum):
     """What the engine may be used for now.
 
     ``run``: takes requests and makes tokens.  ``throttled``: alive, but its gate is closed for the
-    moment, so tokens come late.  ``draining``: give it nothing, and continue its trajectories elsewhere.
+    moment, so tokens come late.  ``draining``: give it nothing, go on with its work elsewhere.
     """
 
     RUN = "run"
@@ -54,7 +54,7 @@ class LeaseError(ValueError):
 
 
 class EngineLease(BaseModel):
-    """One engine's lease.  Valid only while its Redis key lives, and only at the highest epoch seen."""
+    """One engine's lease; valid while its Redis key lives, and only at the highest epoch seen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -71,7 +71,7 @@ class EngineLease(BaseModel):
     grant: Grant
     """What it may be used for now."""
     fencing_epoch: Annotated[int, Field(ge=1)]
-    """Raised at every start of the engine's process; a lease below the highest epoch seen is void."""
+    """Raised at every start of the engine; a lease below the highest epoch seen is void."""
     sequence_cap: Annotated[int, Field(ge=0)]
     """Most requests that the engine will run at once; 0 while it may run none."""
     lease_ms: Annotated[int, Field(gt=0)] = DEFAULT_LEASE_MS

@@ -20,7 +20,7 @@ def load_policy(path: Path | str) -> HarvestPolicy:
     """Read one policy file.
 
     Raises:
-        PolicyError: it is missing, not YAML or not a policy.  Whatever policy was in force stays so.
+        PolicyError: it is missing, not YAML or not a policy.  The policy in force stays so.
     """
     try:
         return read_document(Path(path), HarvestPolicy)

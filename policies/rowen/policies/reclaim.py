@@ -1,11 +1,11 @@
 """The reclaim ladder: what happens to the rollout engine while its gate is, or has to be, closed.
 
-RUN → GATE → DRAIN → TERMINATE → KILL → STOPPED, each rung with a deadline after which the next is taken:
+RUN → GATE → DRAIN → TERMINATE → KILL → STOPPED, each rung with a deadline for the next:
 
 * RUN: the engine computes.  GATE: its gate is closed for the moment; its requests wait.
 * DRAIN: the gate has been closed for too long, or will be; its trajectories move to other engines.
-* TERMINATE and KILL: SIGTERM, then SIGKILL; only when memory is short, the kill switch is on, or the
-  engine does not obey its gate.  There is no way back from here but through STOPPED.
+* TERMINATE and KILL: SIGTERM, then SIGKILL; only when memory is short, the kill switch is on, or
+  the engine does not obey its gate.  There is no way back from here but through STOPPED.
 * STOPPED: no engine, and none is wanted until the guard opens again.
 
 Pure, like the guard: no clock, no log, no I/O; elapsed time is in the readings.
@@ -14,12 +14,12 @@ Pure, like the guard: no clock, no log, no I/O; elapsed time is in the readings.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from rowen.policies.guard import Gate
 from rowen.policies.lease import Grant
-from rowen.policies.schema import HarvestPolicy
+from rowen.policies.schema import HarvestPolicy, Reclaim
 
 
 class Rung(StrEnum):
@@ -101,9 +101,11 @@ class ReclaimState:
     """Continuous time in which it might."""
     disobedient_ms: float
     """Continuous time without a living, obedient gate of a ready engine."""
+    must_go_ms: float
+    """Continuous time with a reason to end the engine."""
 
 
-START = ReclaimState(Rung.STOPPED, 0.0, 0.0, 0.0, 0.0)
+START = ReclaimState(Rung.STOPPED, 0.0, 0.0, 0.0, 0.0, 0.0)
 """No engine until there is evidence that one may run."""
 
 
@@ -124,44 +126,44 @@ class ReclaimDecision:
 def decide(previous: ReclaimState, seen: ReclaimSeen, policy: HarvestPolicy) -> ReclaimDecision:
     """Take the ladder's next step; never raises, and never goes back up from TERMINATE or KILL."""
     deadlines = policy.spec.reclaim
-    # A clock that reads nonsense must not hasten a rung that gives more, nor delay one that gives less.
+    # A nonsensical clock must not hasten a resumption; the guard closes on it (tick_late) anyway.
     elapsed_ms = seen.elapsed_ms
     if not math.isfinite(elapsed_ms) or elapsed_ms < 0:
         elapsed_ms = 0.0
-    is_open = seen.gate is Gate.OPEN and seen.is_admitted
-    is_ignored = seen.engine is EnginePhase.READY and not seen.is_obedient
+    is_open = _is_open(seen)
+    is_ignoring = seen.engine is EnginePhase.READY and not seen.is_obedient
+    disobedient_ms = previous.disobedient_ms + elapsed_ms if is_ignoring else 0.0
+    must_go = _why_it_must_go(seen, is_ignored=disobedient_ms >= deadlines.acknowledge_ms)
     times = ReclaimState(
         rung=previous.rung,
         rung_ms=previous.rung_ms + elapsed_ms,
         closed_ms=0.0 if is_open else previous.closed_ms + elapsed_ms,
         open_ms=previous.open_ms + elapsed_ms if is_open else 0.0,
-        disobedient_ms=previous.disobedient_ms + elapsed_ms if is_ignored else 0.0,
+        disobedient_ms=disobedient_ms,
+        must_go_ms=previous.must_go_ms + elapsed_ms if must_go is not None else 0.0,
     )
-    rung, cause = _next_rung(
-        times,
-        seen,
-        is_ignored=times.disobedient_ms >= deadlines.acknowledge_ms,
-        policy=policy,
-    )
+    rung, cause = _next_rung(times, seen, must_go, deadlines)
     rung_ms = times.rung_ms if rung is previous.rung else 0.0
-    state = ReclaimState(rung, rung_ms, times.closed_ms, times.open_ms, times.disobedient_ms)
-    return ReclaimDecision(rung, cause, state)
+    return ReclaimDecision(rung, cause, replace(times, rung=rung, rung_ms=rung_ms))
+
+
+def _is_open(seen: ReclaimSeen) -> bool:
+    return seen.gate is Gate.OPEN and seen.is_admitted
 
 
 def _next_rung(
-    times: ReclaimState, seen: ReclaimSeen, *, is_ignored: bool, policy: HarvestPolicy
+    times: ReclaimState, seen: ReclaimSeen, must_go: Cause | None, deadlines: Reclaim
 ) -> tuple[Rung, Cause]:
     if times.rung in (Rung.TERMINATE, Rung.KILL):
-        return _finish_stopping(times, seen, policy)
-    must_go = _why_it_must_go(seen, is_ignored)
+        return _finish_stopping(times, seen, deadlines)
     if times.rung is Rung.STOPPED:
-        return _consider_starting(times, must_go, policy)
+        return _consider_starting(times, must_go, deadlines)
     if must_go is not None:
-        return _reclaim(times, seen, must_go, policy)
-    return _follow_gate(times, seen, policy)
+        return _reclaim(times, seen, must_go, deadlines)
+    return _follow_gate(times, seen, deadlines)
 
 
-def _why_it_must_go(seen: ReclaimSeen, is_ignored: bool) -> Cause | None:
+def _why_it_must_go(seen: ReclaimSeen, *, is_ignored: bool) -> Cause | None:
     if seen.is_killed:
         return Cause.KILL_SWITCH
     if seen.is_memory_short:
@@ -170,27 +172,27 @@ def _why_it_must_go(seen: ReclaimSeen, is_ignored: bool) -> Cause | None:
 
 
 def _finish_stopping(
-    times: ReclaimState, seen: ReclaimSeen, policy: HarvestPolicy
+    times: ReclaimState, seen: ReclaimSeen, deadlines: Reclaim
 ) -> tuple[Rung, Cause]:
     if seen.engine is EnginePhase.ABSENT:
         return Rung.STOPPED, Cause.ENGINE_GONE
-    if times.rung is Rung.KILL or times.rung_ms >= policy.spec.reclaim.kill_after_ms:
+    if times.rung is Rung.KILL or times.rung_ms >= deadlines.kill_after_ms:
         return Rung.KILL, Cause.DEADLINE_PASSED
     return Rung.TERMINATE, Cause.DEADLINE_PASSED
 
 
 def _consider_starting(
-    times: ReclaimState, must_go: Cause | None, policy: HarvestPolicy
+    times: ReclaimState, must_go: Cause | None, deadlines: Reclaim
 ) -> tuple[Rung, Cause]:
     if must_go is not None:
         return Rung.STOPPED, must_go
-    if times.open_ms < policy.spec.reclaim.resume_after_ms:
+    if times.open_ms < deadlines.resume_after_ms:
         return Rung.STOPPED, Cause.NOT_YET_STEADY
     return Rung.RUN, Cause.OPEN
 
 
 def _reclaim(
-    times: ReclaimState, seen: ReclaimSeen, cause: Cause, policy: HarvestPolicy
+    times: ReclaimState, seen: ReclaimSeen, cause: Cause, deadlines: Reclaim
 ) -> tuple[Rung, Cause]:
     if seen.engine is EnginePhase.ABSENT:
         return Rung.STOPPED, cause
@@ -198,17 +200,14 @@ def _reclaim(
         return Rung.TERMINATE, cause  # it has no trajectories that could move
     if times.rung is not Rung.DRAIN:
         return Rung.DRAIN, cause
-    # Time on this rung may have begun with a mild cause; that only makes the way shorter.
-    if times.rung_ms >= policy.spec.reclaim.terminate_after_ms:
+    # Counted from the cause, not from the drain: the engine may have been drained long before.
+    if times.must_go_ms >= deadlines.terminate_after_ms:
         return Rung.TERMINATE, cause
     return Rung.DRAIN, cause
 
 
-def _follow_gate(
-    times: ReclaimState, seen: ReclaimSeen, policy: HarvestPolicy
-) -> tuple[Rung, Cause]:
-    deadlines = policy.spec.reclaim
-    if times.closed_ms == 0.0 and seen.gate is Gate.OPEN and seen.is_admitted:
+def _follow_gate(times: ReclaimState, seen: ReclaimSeen, deadlines: Reclaim) -> tuple[Rung, Cause]:
+    if _is_open(seen):
         if times.rung is Rung.DRAIN and times.open_ms < deadlines.resume_after_ms:
             return Rung.DRAIN, Cause.NOT_YET_STEADY
         return Rung.RUN, Cause.OPEN

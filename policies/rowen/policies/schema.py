@@ -1,8 +1,8 @@
 """The policy file: what an operator of a serving node allows the harvest to do.
 
-Kubernetes-shaped (``apiVersion``, ``kind``, ``metadata``, ``spec``), so that one document can be a file
-or a ConfigMap value.  Every field carries its unit in its name.  The objectives state where the line
-is; guard bands, given as ratios of the threshold, state how far from it the harvest has to stay.
+Kubernetes-shaped (``apiVersion``, ``kind``, ``metadata``, ``spec``), so that one document can be a
+file or a ConfigMap value.  Every field carries its unit in its name.  The objectives say where the
+line is; guard bands, as ratios of the threshold, say how far from it the harvest has to stay.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Growth(Strict):
     every_ms: Milliseconds = 1000
     """Continuous good readings needed before each growth."""
     cool_down_ms: Milliseconds = 10_000
-    """Continuous good readings needed to open again, whatever closed the gate, a restart included."""
+    """Continuous good readings needed to open again, whatever closed the gate (or a restart)."""
 
 
 class Resources(Strict):
@@ -133,7 +133,7 @@ class Spec(Strict):
     """The policy itself."""
 
     mode: Mode = Mode.ENFORCE
-    """``enforce`` harvests, ``preview`` decides and reports but never opens, ``off`` stays closed."""
+    """``enforce`` harvests, ``preview`` decides and reports but stays closed, ``off`` is closed."""
     objectives: Objectives
     """What users of the serving engine are promised."""
     freshness: Freshness = Freshness()

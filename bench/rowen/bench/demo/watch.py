@@ -1,0 +1,158 @@
+"""Looks at the running parts once per second and remembers what it saw; never changes anything."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rowen.executor.lane import CLOSE_SAMPLES, Lane, LaneError
+
+PERIOD_S = 1.0
+PAGE_DEADLINE_S = 5.0
+
+
+@dataclass(frozen=True)
+class EngineSample:
+    """One rollout engine at a moment, as the scheduler sees it."""
+
+    engine_id: str
+    kind: str
+    state: str
+    version: int | None
+    tokens_total: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Everything seen at one moment of CLOCK_MONOTONIC."""
+
+    monotonic_s: float
+    engines: tuple[EngineSample, ...] = ()
+    busy_ns_total: int | None = None
+    """Time the serving engine was busy so far; None when the lane could not be read."""
+    closings_total: int | None = None
+
+
+@dataclass
+class Watch:
+    """Collects samples, the daemon's decisions and close-to-idle times until cancelled."""
+
+    endpoint: str
+    admin: str
+    lane_path: Path
+    samples: list[Sample] = field(default_factory=list)
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+    """Changes of the daemon's decision, oldest first, over all its lives."""
+    close_to_idle_ms: list[float] = field(default_factory=list)
+    """Compute time of the rollout engine from each closing to its stop."""
+    close_to_idle_wall_ms: list[float] = field(default_factory=list)
+    closings: int = 0
+    _next_decision: int = 0
+    _close_samples: int = 0
+    _gate_writer: int = 0
+    _closings_seen: int = 0
+
+    async def run(self) -> None:
+        while True:
+            await self.look()
+            await asyncio.sleep(PERIOD_S)
+
+    async def look(self) -> Sample:
+        """Take one sample now."""
+        engines, decisions = await asyncio.gather(
+            asyncio.to_thread(page, f"{self.endpoint}/rowen/v1/engines"),
+            asyncio.to_thread(page, f"{self.admin}/history?since={self._next_decision}"),
+        )
+        self._take_decisions(decisions)
+        busy_ns, closings = self._read_lane()
+        sample = Sample(
+            monotonic_s=time.monotonic(),
+            engines=tuple(_engine(one) for one in (engines or {}).get("engines", ())),
+            busy_ns_total=busy_ns,
+            closings_total=closings,
+        )
+        self.samples.append(sample)
+        return sample
+
+    def _take_decisions(self, answer: Mapping[str, Any] | None) -> None:
+        if answer is None:
+            return
+        entries = answer["entries"]
+        if not entries and answer["next"] < self._next_decision:
+            self._next_decision = 0  # a new life of the daemon counts anew
+            return
+        self.decisions += entries
+        self._next_decision = answer["next"]
+
+    def _read_lane(self) -> tuple[int | None, int | None]:
+        try:
+            lane = Lane.open(self.lane_path, role="reader")
+        except LaneError:
+            return None, None
+        try:
+            gate = lane.read_gate()
+            busy_ns = lane.read_probe().busy_ns_total
+        except LaneError:
+            return None, None
+        finally:
+            lane.close()
+        if gate.writer_pid != self._gate_writer:  # a new life of the rollout engine counts anew
+            self._gate_writer = gate.writer_pid
+            self._close_samples = self._closings_seen = 0
+        fresh = min(gate.samples_total - self._close_samples, CLOSE_SAMPLES)
+        if fresh > 0:
+            self.close_to_idle_ms += [us / 1000 for us in gate.close_to_idle_ring_us[-fresh:]]
+            wall = gate.close_to_idle_wall_ring_us[-fresh:]
+            self.close_to_idle_wall_ms += [us / 1000 for us in wall]
+        self._close_samples = gate.samples_total
+        self.closings += gate.closings_total - self._closings_seen
+        self._closings_seen = gate.closings_total
+        return busy_ns, gate.closings_total
+
+    def reclaims_since(self, monotonic_s: float) -> int:
+        """How often the daemon took the engine back (rung drain or beyond) since then."""
+        rungs = [one["rung"] for one in self.decisions]
+        return sum(
+            before == "gate" and after == "drain" and one["monotonic_ms"] / 1000 >= monotonic_s
+            for before, after, one in zip(rungs, rungs[1:], self.decisions[1:], strict=False)
+        )
+
+
+def page(url: str) -> dict[str, Any] | None:
+    """A JSON page; None when it does not answer (its process may be restarting)."""
+    with contextlib.suppress(OSError, ValueError):
+        with urllib.request.urlopen(url, timeout=PAGE_DEADLINE_S) as answer:
+            document = json.load(answer)
+        return document if isinstance(document, dict) else None
+    return None
+
+
+def post(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """POST a JSON document and return the answer's.
+
+    Raises:
+        OSError: it does not answer, or refuses.
+    """
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=PAGE_DEADLINE_S) as answer:
+        document: dict[str, Any] = json.load(answer)
+        return document
+
+
+def _engine(document: Mapping[str, Any]) -> EngineSample:
+    return EngineSample(
+        engine_id=document["engine_id"],
+        kind=document["kind"],
+        state=document["state"],
+        version=document["version"],
+        tokens_total=document["tokens_total"],
+    )

@@ -1,0 +1,1 @@
+"""The per-node daemon: observe, decide, act, every 100 ms."""

@@ -1,0 +1,1 @@
+"""GRPO on two-digit addition through Rowen's endpoint."""

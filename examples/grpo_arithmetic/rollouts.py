@@ -1,0 +1,341 @@
+"""Keeps the endpoint busy with groups of samples while the trainer computes.
+
+A thread with an event loop of its own: the trainer's thread computes in torch, which releases the
+interpreter, and takes finished groups from here.  Nothing here touches the weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Collection, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from examples.grpo_arithmetic.buffer import Dropped, Group, Sample, choose
+from examples.grpo_arithmetic.endpoint import (
+    Completion,
+    Counts,
+    EndpointClient,
+    EndpointError,
+    TrajectoryLost,
+)
+from examples.grpo_arithmetic.task import Grade, Problem, grade
+
+log = logging.getLogger("grpo_arithmetic")
+Result = TypeVar("Result")
+
+REANNOUNCE_S = 5.0
+"""The newest version is told again so often: the endpoint may have restarted and forgotten it."""
+EVALUATION_CONCURRENCY = 64
+EVALUATION_RETRY_S = 0.5
+"""A sample of another version is asked again after so long: engines switch one by one."""
+
+
+class Tokenizer(Protocol):
+    """The two calls that are needed of a transformers tokenizer."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutSettings:
+    """How groups are sampled."""
+
+    endpoint: str
+    samples_per_group: int
+    in_flight_groups: int
+    """At the endpoint at any time, while the trainer computes as well."""
+    max_staleness: int
+    """In versions."""
+    max_tokens: int
+    stop_token_id: int
+    deadline_s: float
+    """After so long without an answer a trajectory counts as lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The held-out problems, sampled at temperature 1, all by weights ``version``."""
+
+    version: int
+    samples: int
+    missed: int
+    """No answer of this version came before the deadline; not part of the means."""
+    reward_mean: float | None
+    right_ratio: float | None
+    seconds: float
+
+
+class Rollouts:
+    """Start with ``with``; every method is for the trainer's thread."""
+
+    def __init__(
+        self, settings: RolloutSettings, tokenizer: Tokenizer, problems: Iterator[Problem]
+    ) -> None:
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._problems = problems
+        self._client = EndpointClient(settings.endpoint, deadline_s=settings.deadline_s)
+        self._run_id = uuid.uuid4().hex[:12]
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
+        self._changed = threading.Condition()
+        self._finished: deque[Group] = deque()
+        self._failure: EndpointError | None = None
+        self._groups_begun = 0
+        self._producers: set[asyncio.Task[None]] = set()
+        self._announcer: asyncio.Task[None] | None = None
+        self._announced: tuple[int, str, int] | None = None
+        self._is_announced = asyncio.Event()
+        self.dropped = Dropped()
+        self.incomplete_groups = 0
+
+    def __enter__(self) -> Rollouts:
+        self._thread.start()
+        self._submit(self._open()).result()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._submit(self._close()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    @property
+    def counts(self) -> Counts:
+        return self._client.counts
+
+    def start(self) -> None:
+        """Begin to keep ``in_flight_groups`` groups at the endpoint, until `stop`."""
+        self._submit(self._start()).result()
+
+    def stop(self) -> None:
+        """Withdraw the groups in flight; they are not lost, nobody wants them any more."""
+        self._submit(self._stop()).result()
+
+    def take(
+        self, *, version: int, count: int, timeout_s: float, until: threading.Event
+    ) -> tuple[Group, ...]:
+        """The freshest ``count`` groups within the staleness bound; waits for them.
+
+        Returns nothing when ``until`` is set.
+
+        Raises:
+            EndpointError: the endpoint refused, or not enough groups came in ``timeout_s``.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while not until.is_set():
+                if self._failure is not None:
+                    raise self._failure
+                taken = self._choose(version, count)
+                if taken:
+                    return taken
+                if time.monotonic() > deadline:
+                    raise EndpointError(
+                        f"{len(self._finished)} of {count} groups no more than "
+                        f"{self._settings.max_staleness} versions behind {version} came in "
+                        f"{timeout_s:g} s (too old: {self.dropped.stale}, without signal: "
+                        f"{self.dropped.flat}); see {self._client.url}/rowen/v1/versions"
+                    )
+                self._changed.wait(0.2)
+        return ()
+
+    def evaluate(
+        self, problems: Sequence[Problem], *, repeats: int, version: int, deadline_s: float
+    ) -> Future[Evaluation]:
+        """Sample each problem ``repeats`` times by ``version``, while the trainer goes on."""
+        return self._submit(self._evaluate(problems, repeats, version, deadline_s))
+
+    def announce(self, version: int, host: str, port: int) -> None:
+        """Tell the endpoint of a version from now on, until a newer one replaces it."""
+        self._announced = (version, host, port)
+        self._loop.call_soon_threadsafe(self._is_announced.set)
+
+    # Below: in the event loop's thread.
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    def _submit(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _open(self) -> None:
+        await self._client.__aenter__()
+        self._announcer = self._watched(self._announce_forever())
+
+    async def _start(self) -> None:
+        for _ in range(self._settings.in_flight_groups):
+            self._producers.add(self._watched(self._produce_forever()))
+
+    def _watched(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._loop.create_task(work)
+        task.add_done_callback(self._note_end)
+        return task
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        with self._changed:
+            # A bug of ours must stop the trainer as well, not only this thread.
+            self._failure = (
+                error if isinstance(error, EndpointError) else EndpointError(repr(error))
+            )
+            self._changed.notify_all()
+
+    async def _stop(self) -> None:
+        await _cancelled(self._producers)
+        self._producers.clear()
+
+    async def _close(self) -> None:
+        await self._stop()
+        if self._announcer is not None:
+            await _cancelled([self._announcer])
+        await self._client.__aexit__()
+
+    async def _produce_forever(self) -> None:
+        while True:
+            group = await self._sample_group(next(self._problems))
+            if group is None:
+                self.incomplete_groups += 1
+                continue
+            with self._changed:
+                self._finished.append(group)
+                self._changed.notify_all()
+
+    async def _sample_group(self, problem: Problem) -> Group | None:
+        """None when fewer than two samples came back: there is nothing to compare."""
+        self._groups_begun += 1
+        group_id = f"{self._run_id}-{self._groups_begun}"
+        prompt_ids = tuple(self._tokenizer.encode(problem.prompt))
+        bound = str(self._settings.max_staleness)
+        headers = {"X-Rowen-Group": group_id, "X-Rowen-Max-Staleness": bound}
+        samples = await asyncio.gather(
+            *(
+                self._sample(problem, prompt_ids, f"{group_id}-{index}", headers)
+                for index in range(self._settings.samples_per_group)
+            )
+        )
+        found = tuple(sample for sample in samples if sample is not None)
+        return Group(group_id, problem, prompt_ids, found) if len(found) > 1 else None
+
+    async def _sample(
+        self, problem: Problem, prompt_ids: Sequence[int], request_id: str, headers: dict[str, str]
+    ) -> Sample | None:
+        try:
+            completion = await self._client.generate(
+                prompt_ids, self._sampling(), request_id=request_id, headers=headers
+            )
+        except TrajectoryLost as error:
+            log.warning("event=trajectory_lost reason=%s", error)
+            return None
+        return self._graded(problem, completion)
+
+    def _sampling(self) -> dict[str, Any]:
+        return {
+            "temperature": 1.0,
+            "max_tokens": self._settings.max_tokens,
+            "stop_token_ids": [self._settings.stop_token_id],
+        }
+
+    def _graded(self, problem: Problem, completion: Completion) -> Sample:
+        return Sample(completion, grade(self._tokenizer.decode(completion.token_ids), problem))
+
+    async def _evaluate(
+        self, problems: Sequence[Problem], repeats: int, version: int, deadline_s: float
+    ) -> Evaluation:
+        started = time.monotonic()
+        gate = asyncio.Semaphore(EVALUATION_CONCURRENCY)
+        wanted = [problem for problem in problems for _ in range(repeats)]
+        tasks = [
+            asyncio.create_task(self._evaluate_one(problem, seed, version, gate))
+            for seed, problem in enumerate(wanted)
+        ]
+        try:
+            await asyncio.wait(tasks, timeout=deadline_s)
+        finally:
+            await _cancelled(tasks)
+        grades: list[Grade] = []
+        for task in tasks:
+            error = None if task.cancelled() else task.exception()
+            if error is not None and not isinstance(error, TrajectoryLost):
+                raise error
+            if error is None and not task.cancelled():
+                grades.append(task.result().grade)
+        count = len(grades)
+        return Evaluation(
+            version=version,
+            samples=count,
+            missed=len(tasks) - count,
+            reward_mean=sum(g.reward for g in grades) / count if count else None,
+            right_ratio=sum(g.is_right for g in grades) / count if count else None,
+            seconds=time.monotonic() - started,
+        )
+
+    async def _evaluate_one(
+        self, problem: Problem, seed: int, version: int, gate: asyncio.Semaphore
+    ) -> Sample:
+        """Ask until one answer is by ``version`` from the first to the last token."""
+        prompt_ids = tuple(self._tokenizer.encode(problem.prompt))
+        sampling = {**self._sampling(), "seed": seed}
+        attempt = 0
+        while True:
+            async with gate:
+                request_id = f"{self._run_id}-eval-{version}-{seed}-{attempt}"
+                # Nothing is lost if this one is given up: it is asked again, or counted as missed.
+                completion = await self._client.generate(
+                    prompt_ids,
+                    sampling,
+                    request_id=request_id,
+                    headers={"X-Rowen-Group": f"{self._run_id}-eval-{version}"},
+                )
+            if completion.oldest_version == completion.newest_version == version:
+                return self._graded(problem, completion)
+            attempt += 1
+            await asyncio.sleep(EVALUATION_RETRY_S)
+
+    async def _announce_forever(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(REANNOUNCE_S):
+                    await self._is_announced.wait()
+            except TimeoutError:
+                pass
+            self._is_announced.clear()
+            if self._announced is None:
+                continue
+            try:
+                await self._client.announce(*self._announced, deadline_s=REANNOUNCE_S)
+            except TimeoutError as error:
+                log.warning("event=announce_failed version=%d reason=%s", self._announced[0], error)
+
+    def _choose(self, version: int, count: int) -> tuple[Group, ...]:
+        choice = choose(
+            list(self._finished),
+            version=version,
+            max_staleness=self._settings.max_staleness,
+            count=count,
+            capacity=count,
+        )
+        self._finished = deque(choice.kept)
+        self.dropped.stale += choice.dropped.stale
+        self.dropped.flat += choice.dropped.flat
+        self.dropped.surplus += choice.dropped.surplus
+        return choice.taken
+
+
+async def _cancelled(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancel the tasks and wait for their end; what already ended keeps its result."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,1 @@
+"""The co-serving executor: runs a rollout engine beside production, and holds it back."""

@@ -1,0 +1,1 @@
+"""The elastic rollout endpoint: one URL over engines that come and go, without losing a token."""

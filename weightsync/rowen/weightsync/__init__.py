@@ -1,0 +1,1 @@
+"""The cross-cluster weight-transfer engine: codec, version chain, publisher and receiver."""
