@@ -56,12 +56,9 @@ class Learner:
             fused=True,
         )
 
-    def weights(self) -> dict[str, Tensor]:
-        """A bfloat16 copy by checkpoint name, as engines load it; tied weights appear once."""
-        return {
-            name: parameter.detach().to(torch.bfloat16)
-            for name, parameter in self._model.named_parameters()
-        }
+    def parameters(self) -> dict[str, Tensor]:
+        """The live master weights in float32, by checkpoint name; tied weights appear once."""
+        return dict(self._model.named_parameters())
 
     def step(self, groups: Sequence[Group], *, is_cancelled: Callable[[], bool]) -> Update | None:
         """One GRPO update; None, with the weights as they were, when it was cancelled half-way."""

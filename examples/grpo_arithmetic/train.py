@@ -27,6 +27,7 @@ from examples.grpo_arithmetic.task import Problem, endless, split
 
 if TYPE_CHECKING:
     from examples.grpo_arithmetic.learner import Learner
+
     from rowen.weightsync.publisher import Publisher
 
 log = logging.getLogger("grpo_arithmetic")
@@ -147,21 +148,23 @@ class Run:
         )  # fmt: skip
 
     def _publisher(self, learner: Learner) -> Publisher:
+        import torch
+
         from rowen.weightsync.publisher import Publisher
 
-        options = self._options
-        return Publisher(options.model_id or options.model.name, learner.weights())
+        model_id = self._options.model_id or self._options.model.name
+        # Engines serve bfloat16: what is below its resolution is no change to them.
+        return Publisher(model_id, learner.parameters(), dtype=torch.bfloat16)
 
     def _publish(self, learner: Learner, publisher: Publisher) -> dict[str, Any]:
-        weights = learner.weights()
-        published = publisher.publish(weights, self._version)
+        published = publisher.publish(learner.parameters(), self._version)
         host, port = publisher.address
         self._rollouts.announce(self._version, host, port)
         fields = {
             "full_bytes": published.full_bytes,
             "delta_bytes": published.delta_bytes,
             "changed": published.changed,
-            "changed_ratio": published.changed / sum(w.numel() for w in weights.values()),
+            "changed_ratio": published.changed / published.elements,
             "encode_s": published.encode_s,
         }
         self._published.append(fields)

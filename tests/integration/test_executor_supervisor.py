@@ -43,8 +43,11 @@ if "stubborn" in traits:
 child = """
 import mmap, os, signal, sys, threading, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-open(sys.argv[1], "wb").write(bytes(4096))
-held = mmap.mmap(os.open(sys.argv[1], os.O_RDWR), 4096)
+passing = sys.argv[1] + "-passing"  # as glibc makes a named semaphore
+open(passing, "wb").write(bytes(4096))
+held = mmap.mmap(os.open(passing, os.O_RDWR), 4096)
+os.link(passing, sys.argv[1])
+os.unlink(passing)
 threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 print("child ready", flush=True)
 time.sleep(600)
@@ -184,6 +187,7 @@ def test_an_engine_that_is_never_ready_is_stopped_at_the_deadline(tmp_path: Path
     async def case() -> None:
         supervisor = supervise(tmp_path, "never-ready")
         await supervisor.start()
+        until(lambda: "loading" in supervisor.log.read_text())
         with pytest.raises(EngineStartError, match=r"was not ready within 1 s.*\n.*loading"):
             await supervisor.wait_ready(1)
         assert_nothing_is_left(supervisor, [])

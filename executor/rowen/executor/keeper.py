@@ -57,19 +57,27 @@ def descendants() -> list[int]:
     return found
 
 
-def shared_memory_of(pids: list[int]) -> set[str]:
-    """Files in /dev/shm that these processes have mapped."""
-    files: set[str] = set()
+def shared_memory_of(pids: list[int]) -> set[int]:
+    """Inodes in /dev/shm that these processes have mapped.
+
+    Not paths: glibc makes a named semaphore under a passing name, which is what the map shows (as
+    deleted), and links the lasting name to it.
+    """
+    inodes: set[int] = set()
     for pid in pids:
-        try:
-            lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
-        except OSError:
-            continue
-        for line in lines:
-            _, _, path = line.partition("/dev/shm/")
-            if path and not path.endswith("(deleted)"):
-                files.add("/dev/shm/" + path)
-    return files
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+                if "/dev/shm/" in line:
+                    inodes.add(int(line.split()[4]))
+    return inodes
+
+
+def remove_shared_memory(inodes: set[int]) -> None:
+    """Unlink these inodes' names in /dev/shm, except what any living process has mapped."""
+    left = inodes - shared_memory_of(_everyone())
+    for entry in list(os.scandir("/dev/shm")) if left else []:
+        if entry.inode() in left:
+            Path(entry.path).unlink(missing_ok=True)
 
 
 def _everyone() -> list[int]:
@@ -86,7 +94,7 @@ class Keeper:
         self.status: int | None = None
         self.is_told_to_end = False
         self.kill_at_s: float | None = None
-        self.shared_memory: set[str] = set()
+        self.shared_memory: set[int] = set()
 
     def spawn(self, command: list[str], cores: set[int], is_idle: bool) -> None:
         """Start the engine's first process, placed before it runs its first instruction."""
@@ -166,9 +174,7 @@ class Keeper:
                 _signal(pid, signal.SIGKILL)
             self._reap()
             time.sleep(0.01)
-        if self.shared_memory:
-            for path in self.shared_memory - shared_memory_of(_everyone()):
-                Path(path).unlink(missing_ok=True)
+        remove_shared_memory(self.shared_memory)
 
 
 def _signal(pid: int, number: int) -> None:

@@ -188,8 +188,8 @@ class EngineSupervisor:
         if self._ended.done():
             code = self._ended.result().returncode
             raise EngineStartError(
-                f"engine {self.spec.name} ended while starting ({say_how(code)}); the end of its log "
-                f"{self._log}:\n{self._tail()}"
+                f"engine {self.spec.name} ended while starting ({say_how(code)}); "
+                f"the end of its log {self._log}:\n{self._tail()}"
             )
         await self._place()
         self._was_ready = True

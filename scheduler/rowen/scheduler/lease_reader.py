@@ -59,12 +59,12 @@ class LeaseReader:
             raise RedisSilentError(f"{type(error).__name__}: {error}") from error
         leases = {}
         for engine_id, document in zip(ids, stored, strict=True):
-            lease = self._accept(engine_id, _text(document)) if document is not None else None
+            lease = self._accept(engine_id, document) if document is not None else None
             if lease is not None:
                 leases[engine_id] = lease
         return leases
 
-    def _accept(self, engine_id: str, document: str) -> EngineLease | None:
+    def _accept(self, engine_id: str, document: str | bytes) -> EngineLease | None:
         try:
             lease = decode_lease(document)
         except LeaseError as error:

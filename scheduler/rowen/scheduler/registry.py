@@ -1,8 +1,8 @@
 """Knows the engines: reads leases, checks health and versions, keeps every engine's state.
 
 Three kinds of loops: leases and a sweep over states and stalls (both every ``poll_ms``), and one
-health watch per engine.  Decisions are ``engines.decide``; this module only gathers what it asks for
-and does what it says.
+health watch per engine.  Decisions are ``engines.decide``; this module only gathers what it asks
+for and does what it says.
 """
 
 from __future__ import annotations

@@ -125,18 +125,21 @@ def decode_dense(section: memoryview, *, elements: int, item_bytes: int) -> Elem
 
 def absolute_values(base_N: Elements, difference_N: Elements) -> Elements:
     """The values to write, given the verified base's values at the same positions."""
-    return base_N + difference_N  # unsigned arrays wrap
+    value_N: Elements = base_N + difference_N  # unsigned arrays wrap
+    return value_N
 
 
 def _zigzag(difference_N: Elements) -> Elements:
     one = difference_N.dtype.type(1)
     sign_N = difference_N >> difference_N.dtype.type(8 * difference_N.itemsize - 1)
-    return (difference_N << one) ^ (np.zeros_like(sign_N) - sign_N)
+    zigzag_N: Elements = (difference_N << one) ^ (np.zeros_like(sign_N) - sign_N)
+    return zigzag_N
 
 
 def _unzigzag(zigzag_N: Elements) -> Elements:
     one = zigzag_N.dtype.type(1)
-    return (zigzag_N >> one) ^ (np.zeros_like(zigzag_N) - (zigzag_N & one))
+    difference_N: Elements = (zigzag_N >> one) ^ (np.zeros_like(zigzag_N) - (zigzag_N & one))
+    return difference_N
 
 
 def _byte_planes(values: Elements, *, keep_empty: bool = False) -> list[Bytes]:

@@ -106,7 +106,7 @@ class Deadline:
         """
         left = self._end - time.monotonic()
         if left <= 0:
-            raise TransferTimeoutError(f"no end of {doing} within {self.seconds:g} s")
+            raise TransferTimeoutError(f"{doing}: no progress within {self.seconds:g} s")
         return left
 
 

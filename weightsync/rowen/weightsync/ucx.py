@@ -14,11 +14,13 @@ from __future__ import annotations
 import os
 import select
 import socket
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from enum import Enum
+from itertools import islice
 from typing import Any, Final
 
-from rowen.weightsync.errors import PeerLostError, TransferTimeoutError
+from rowen.weightsync.errors import PeerLostError
+from rowen.weightsync.messages import Deadline
 
 CHUNK_BYTES: Final = 4 << 20
 """One UCX message; the stall deadline counts anew for each."""
@@ -62,15 +64,18 @@ class UcxPort:
         stall_s: float,
         has_ended: Callable[[], bool],
     ) -> None:
-        """Send a frame to a peer that receives it under ``tag``.
+        """Send a frame to a peer that receives it under ``tag``; return when it has spoken.
+
+        That a message is sent says only that UCX took it, and UCX moves on only while somebody
+        drives it.  So the worker is driven until the peer's receipt can be read from ``control``.
 
         Args:
             control: becomes readable when the peer has something to say or is gone.
-            stall_s: without the end of a message for this long the transfer is given up.
+            stall_s: without any progress for this long the transfer is given up.
             has_ended: True when the transfer is to be given up early (the publisher closes).
 
         Raises:
-            PeerLostError, TransferTimeoutError: the transfer did not complete.
+            PeerLostError, TransferTimeoutError: the peer has not acknowledged the frame.
         """
         from ucxx.types import Tag
 
@@ -83,7 +88,17 @@ class UcxPort:
             self._endpoint.tag_send(_array(view[start : start + CHUNK_BYTES]), Tag(tag))
             for start in range(0, len(view), CHUNK_BYTES)
         )
-        self._run(requests, control, stall_s, has_ended)
+        window = _Window(requests, self._libucxx.UCXError)
+        stall = Deadline(stall_s)
+        while _control_state(control) is _Control.SILENT:
+            if has_ended():
+                raise PeerLostError("the publisher closes")
+            if window.advance():
+                stall = Deadline(stall_s)
+            stall.left_s("a transfer that stands still")
+            self._drive(control)
+        if _control_state(control) is _Control.CLOSED:
+            raise PeerLostError("the receiver closed the connection in the middle of a transfer")
 
     def receive(self, tag: int, frame: bytearray, control: socket.socket, stall_s: float) -> None:
         """Fill ``frame`` from the peer that knows this port's address and ``tag``.
@@ -101,7 +116,17 @@ class UcxPort:
             self._worker.tag_recv(_array(view[start : start + CHUNK_BYTES]), Tag(tag))
             for start in range(0, len(view), CHUNK_BYTES)
         )
-        self._run(requests, control, stall_s, lambda: False)
+        window = _Window(requests, self._libucxx.UCXError)
+        stall = Deadline(stall_s)
+        while True:
+            if window.advance():
+                stall = Deadline(stall_s)
+            if window.is_done:
+                return
+            if _control_state(control) is not _Control.SILENT:
+                raise PeerLostError("the publisher broke off in the middle of a transfer")
+            stall.left_s("a transfer that stands still")
+            self._drive(control)
 
     def close(self) -> None:
         """Cancel what is under way and give everything back; callable again."""
@@ -111,70 +136,58 @@ class UcxPort:
         self._worker = None
         self._context = None
 
-    def _run(
-        self,
-        requests: Any,
-        control: socket.socket,
-        stall_s: float,
-        has_ended: Callable[[], bool],
-    ) -> None:
-        under_way: list[Any] = []
-        progressed = time.monotonic()
-        exhausted = False
-        while True:
-            while len(under_way) < WINDOW_CHUNKS and not exhausted:
-                request = next(requests, None)
-                if request is None:
-                    exhausted = True
-                else:
-                    under_way.append(request)
-            if not under_way:
-                return
-            self._progress()
-            waiting = [request for request in under_way if not request.completed]
-            if len(waiting) < len(under_way):
-                self._check([request for request in under_way if request.completed])
-                under_way, progressed = waiting, time.monotonic()
-                continue
-            self._give_up_if_due(control, progressed, stall_s, has_ended)
-            if self._worker.arm():
-                select.select([self._worker.epoll_file_descriptor, control], [], [], _POLL_S)
-
-    def _progress(self) -> None:
+    def _drive(self, control: socket.socket) -> None:
+        """Let UCX move on, then sleep until it or the peer has news."""
+        moved = False
         while self._worker.progress():
-            pass
-
-    def _check(self, completed: list[Any]) -> None:
-        for request in completed:
-            try:
-                request.check_error()
-            except self._libucxx.UCXError as error:
-                raise PeerLostError(f"UCX gave the transfer up: {error}") from error
-
-    def _give_up_if_due(
-        self,
-        control: socket.socket,
-        progressed: float,
-        stall_s: float,
-        has_ended: Callable[[], bool],
-    ) -> None:
-        readable, _, _ = select.select([control], [], [], 0)
-        if readable and _is_closed(control):
-            raise PeerLostError("the peer closed the connection in the middle of a transfer")
-        if has_ended():
-            raise PeerLostError("the transfer was ended here")
-        if time.monotonic() - progressed > stall_s:
-            raise TransferTimeoutError(f"the transfer did not move for {stall_s:g} s")
+            moved = True
+        if not moved and self._worker.arm():
+            select.select([self._worker.epoll_file_descriptor, control], [], [], _POLL_S)
 
 
-def _is_closed(control: socket.socket) -> bool:
+class _Window:
+    """A few requests under way at a time, in order."""
+
+    def __init__(self, requests: Iterator[Any], failure: type[Exception]) -> None:
+        self._requests = requests
+        self._failure = failure
+        self._under_way: list[Any] = []
+        self.is_done = False
+
+    def advance(self) -> bool:
+        """Start what fits and drop what is complete; True when something was.
+
+        Raises:
+            PeerLostError: UCX gave a request up.
+        """
+        waiting = [request for request in self._under_way if not request.completed]
+        is_progress = len(waiting) < len(self._under_way)
+        try:
+            for request in self._under_way:
+                if request.completed:
+                    request.check_error()
+        except self._failure as error:
+            raise PeerLostError(f"UCX gave the transfer up: {error}") from error
+        self._under_way = waiting
+        self._under_way += islice(self._requests, WINDOW_CHUNKS - len(waiting))
+        self.is_done = not self._under_way
+        return is_progress
+
+
+class _Control(Enum):
+    SILENT = "silent"
+    READABLE = "readable"
+    CLOSED = "closed"
+
+
+def _control_state(control: socket.socket) -> _Control:
+    control.settimeout(0)
     try:
-        control.settimeout(0)
-        return control.recv(1, socket.MSG_PEEK) == b""
+        return _Control.READABLE if control.recv(1, socket.MSG_PEEK) else _Control.CLOSED
     except BlockingIOError:
-        return False
+        return _Control.SILENT
     except OSError:
-        return True
+        return _Control.CLOSED
 
 
 def _array(view: memoryview) -> Any:
