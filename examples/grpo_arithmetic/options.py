@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=8, help="at least so many updates")
     add("--deadline-s", type=float, help="go on until so long after the start; none: only --steps")
     add("--seed", type=int, default=0, help="of the order of the training problems")
-    add("--lr", type=float, default=2e-5, help="of AdamW; a larger one makes denser deltas")
+    add("--lr", type=float, default=3e-5, help="of AdamW; a larger one makes denser deltas")
     add("--groups-per-step", type=int, default=8)
     add("--samples-per-group", type=int, default=16, help="sampled of each problem")
     add("--train-samples-per-group", type=int, default=8, help="those that differ most in reward")

@@ -12,37 +12,27 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Collection, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
+from examples.grpo_arithmetic.asking import Asker, Tokenizer
 from examples.grpo_arithmetic.buffer import Dropped, Group, Sample, choose
 from examples.grpo_arithmetic.endpoint import (
-    Completion,
     Counts,
     EndpointClient,
     EndpointError,
     TrajectoryLost,
 )
-from examples.grpo_arithmetic.task import Grade, Problem, grade
+from examples.grpo_arithmetic.evaluation import Evaluation, cancelled, evaluate
+from examples.grpo_arithmetic.task import Problem
 
 log = logging.getLogger("grpo_arithmetic")
 Result = TypeVar("Result")
 
 REANNOUNCE_S = 5.0
 """The newest version is told again so often: the endpoint may have restarted and forgotten it."""
-EVALUATION_CONCURRENCY = 64
-EVALUATION_RETRY_S = 0.5
-"""A sample of another version is asked again after so long: engines switch one by one."""
-
-
-class Tokenizer(Protocol):
-    """The two calls that are needed of a transformers tokenizer."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +51,6 @@ class RolloutSettings:
     """After so long without an answer a trajectory counts as lost."""
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """The held-out problems, sampled at temperature 1, all by weights ``version``."""
-
-    version: int
-    samples: int
-    missed: int
-    """No answer of this version came before the deadline; not part of the means."""
-    reward_mean: float | None
-    right_ratio: float | None
-    seconds: float
-
-
 class Rollouts:
     """Start with ``with``; every method is for the trainer's thread."""
 
@@ -81,9 +58,9 @@ class Rollouts:
         self, settings: RolloutSettings, tokenizer: Tokenizer, problems: Iterator[Problem]
     ) -> None:
         self._settings = settings
-        self._tokenizer = tokenizer
         self._problems = problems
         self._client = EndpointClient(settings.endpoint, deadline_s=settings.deadline_s)
+        self._asker = Asker(self._client, tokenizer, settings.max_tokens, settings.stop_token_id)
         self._run_id = uuid.uuid4().hex[:12]
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
@@ -122,18 +99,18 @@ class Rollouts:
         self._submit(self._stop()).result()
 
     def take(
-        self, *, version: int, count: int, timeout_s: float, until: threading.Event
+        self, *, version: int, count: int, timeout_s: float, until: Callable[[], bool]
     ) -> tuple[Group, ...]:
         """The freshest ``count`` groups within the staleness bound; waits for them.
 
-        Returns nothing when ``until`` is set.
+        Returns nothing when ``until()`` becomes true.
 
         Raises:
             EndpointError: the endpoint refused, or not enough groups came in ``timeout_s``.
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            while not until.is_set():
+            while not until():
                 if self._failure is not None:
                     raise self._failure
                 taken = self._choose(version, count)
@@ -153,7 +130,16 @@ class Rollouts:
         self, problems: Sequence[Problem], *, repeats: int, version: int, deadline_s: float
     ) -> Future[Evaluation]:
         """Sample each problem ``repeats`` times by ``version``, while the trainer goes on."""
-        return self._submit(self._evaluate(problems, repeats, version, deadline_s))
+        return self._submit(
+            evaluate(
+                self._asker,
+                problems,
+                repeats=repeats,
+                version=version,
+                deadline_s=deadline_s,
+                run_id=self._run_id,
+            )
+        )
 
     def announce(self, version: int, host: str, port: int) -> None:
         """Tell the endpoint of a version from now on, until a newer one replaces it."""
@@ -194,13 +180,13 @@ class Rollouts:
             self._changed.notify_all()
 
     async def _stop(self) -> None:
-        await _cancelled(self._producers)
+        await cancelled(self._producers)
         self._producers.clear()
 
     async def _close(self) -> None:
         await self._stop()
         if self._announcer is not None:
-            await _cancelled([self._announcer])
+            await cancelled([self._announcer])
         await self._client.__aexit__()
 
     async def _produce_forever(self) -> None:
@@ -217,92 +203,27 @@ class Rollouts:
         """None when fewer than two samples came back: there is nothing to compare."""
         self._groups_begun += 1
         group_id = f"{self._run_id}-{self._groups_begun}"
-        prompt_ids = tuple(self._tokenizer.encode(problem.prompt))
         bound = str(self._settings.max_staleness)
         headers = {"X-Rowen-Group": group_id, "X-Rowen-Max-Staleness": bound}
         samples = await asyncio.gather(
             *(
-                self._sample(problem, prompt_ids, f"{group_id}-{index}", headers)
+                self._sample(problem, f"{group_id}-{index}", headers)
                 for index in range(self._settings.samples_per_group)
             )
         )
         found = tuple(sample for sample in samples if sample is not None)
-        return Group(group_id, problem, prompt_ids, found) if len(found) > 1 else None
+        if len(found) < 2:
+            return None
+        return Group(group_id, problem, self._asker.prompt_ids(problem), found)
 
     async def _sample(
-        self, problem: Problem, prompt_ids: Sequence[int], request_id: str, headers: dict[str, str]
+        self, problem: Problem, request_id: str, headers: Mapping[str, str]
     ) -> Sample | None:
         try:
-            completion = await self._client.generate(
-                prompt_ids, self._sampling(), request_id=request_id, headers=headers
-            )
+            return await self._asker.ask(problem, request_id=request_id, headers=headers)
         except TrajectoryLost as error:
             log.warning("event=trajectory_lost reason=%s", error)
             return None
-        return self._graded(problem, completion)
-
-    def _sampling(self) -> dict[str, Any]:
-        return {
-            "temperature": 1.0,
-            "max_tokens": self._settings.max_tokens,
-            "stop_token_ids": [self._settings.stop_token_id],
-        }
-
-    def _graded(self, problem: Problem, completion: Completion) -> Sample:
-        return Sample(completion, grade(self._tokenizer.decode(completion.token_ids), problem))
-
-    async def _evaluate(
-        self, problems: Sequence[Problem], repeats: int, version: int, deadline_s: float
-    ) -> Evaluation:
-        started = time.monotonic()
-        gate = asyncio.Semaphore(EVALUATION_CONCURRENCY)
-        wanted = [problem for problem in problems for _ in range(repeats)]
-        tasks = [
-            asyncio.create_task(self._evaluate_one(problem, seed, version, gate))
-            for seed, problem in enumerate(wanted)
-        ]
-        try:
-            await asyncio.wait(tasks, timeout=deadline_s)
-        finally:
-            await _cancelled(tasks)
-        grades: list[Grade] = []
-        for task in tasks:
-            error = None if task.cancelled() else task.exception()
-            if error is not None and not isinstance(error, TrajectoryLost):
-                raise error
-            if error is None and not task.cancelled():
-                grades.append(task.result().grade)
-        count = len(grades)
-        return Evaluation(
-            version=version,
-            samples=count,
-            missed=len(tasks) - count,
-            reward_mean=sum(g.reward for g in grades) / count if count else None,
-            right_ratio=sum(g.is_right for g in grades) / count if count else None,
-            seconds=time.monotonic() - started,
-        )
-
-    async def _evaluate_one(
-        self, problem: Problem, seed: int, version: int, gate: asyncio.Semaphore
-    ) -> Sample:
-        """Ask until one answer is by ``version`` from the first to the last token."""
-        prompt_ids = tuple(self._tokenizer.encode(problem.prompt))
-        sampling = {**self._sampling(), "seed": seed}
-        attempt = 0
-        while True:
-            async with gate:
-                request_id = f"{self._run_id}-eval-{version}-{seed}-{attempt}"
-                # Nothing is lost if this one is given up: it is asked again, or counted as missed.
-                completion = await self._client.generate(
-                    prompt_ids,
-                    sampling,
-                    request_id=request_id,
-                    headers={"X-Rowen-Group": f"{self._run_id}-eval-{version}"},
-                )
-            if completion.oldest_version == completion.newest_version == version:
-                return self._graded(problem, completion)
-            attempt += 1
-            await asyncio.sleep(EVALUATION_RETRY_S)
 
     async def _announce_forever(self) -> None:
         while True:
@@ -332,10 +253,3 @@ class Rollouts:
         self.dropped.flat += choice.dropped.flat
         self.dropped.surplus += choice.dropped.surplus
         return choice.taken
-
-
-async def _cancelled(tasks: Collection[asyncio.Task[Any]]) -> None:
-    """Cancel the tasks and wait for their end; what already ended keeps its result."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

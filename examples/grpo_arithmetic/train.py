@@ -2,7 +2,8 @@
 
     python -m examples.grpo_arithmetic.train --endpoint URL --model FOLDER --out FILE
 
-Ends with 0 when the steps are done or after SIGTERM, 1 when the endpoint failed, 2 on wrong use.
+Ends with 0 when the steps are done, 1 when the endpoint failed, 2 on wrong use.  SIGUSR1 asks it to
+finish: the step under way, the last evaluation, 0.  SIGTERM and SIGINT end it at once, also with 0.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from examples.grpo_arithmetic.buffer import Group, most_telling
 from examples.grpo_arithmetic.endpoint import EndpointError
+from examples.grpo_arithmetic.evaluation import Evaluation
 from examples.grpo_arithmetic.events import EventLog
 from examples.grpo_arithmetic.options import Options, read_options
-from examples.grpo_arithmetic.rollouts import Evaluation, Rollouts, RolloutSettings
+from examples.grpo_arithmetic.rollouts import Rollouts, RolloutSettings
 from examples.grpo_arithmetic.task import Problem, endless, split
 
 if TYPE_CHECKING:
@@ -33,16 +35,34 @@ if TYPE_CHECKING:
 log = logging.getLogger("grpo_arithmetic")
 
 
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What signals have asked for; set by their handlers."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    """End now, without the last evaluation."""
+    finish: threading.Event = field(default_factory=threading.Event)
+    """Begin no further step."""
+
+    def obey_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.stop.set())
+        signal.signal(signal.SIGUSR1, lambda *_: self.finish.set())
+
+    def either(self) -> bool:
+        return self.stop.is_set() or self.finish.is_set()
+
+
 class Run:
     """One training run, from the first evaluation to the summary."""
 
     def __init__(
-        self, options: Options, events: EventLog, rollouts: Rollouts, stop: threading.Event
+        self, options: Options, events: EventLog, rollouts: Rollouts, wishes: Wishes
     ) -> None:
         self._options = options
         self._events = events
         self._rollouts = rollouts
-        self._stop = stop
+        self._wishes = wishes
         self._held_out, _ = split(options.evaluation_problems)
         self._started = time.monotonic()
         self._version = 0
@@ -52,13 +72,14 @@ class Run:
         self._trained_samples = 0
 
     def run(self) -> None:
-        """Train until the steps and the deadline are reached, or ``stop`` is set.
+        """Train until the steps and the deadline are reached, or a signal asks for the end.
 
         Raises:
             EndpointError: the endpoint refused, or brought nothing fresh for too long.
         """
         waiting = self._evaluate()
-        # The model loads while the first evaluation is sampled.
+        self._rollouts.start()
+        # The model loads while the first evaluation and the first groups are sampled.
         from examples.grpo_arithmetic.learner import Learner
 
         options = self._options
@@ -66,12 +87,17 @@ class Run:
         self._first = self._note_evaluation(waiting)
         if self._first is None:
             return
-        self._rollouts.start()
+        if self._first.samples == 0:
+            raise EndpointError(
+                "no answer by the checkpoint's weights (version 0) came from "
+                f"{options.endpoint} in {options.evaluation_deadline_s:g} s; an endpoint that "
+                "served another run has newer weights: start it anew"
+            )
         with self._publisher(learner) as publisher:
-            while not self._stop.is_set() and not self._is_done():
+            while not self._is_done():
                 self._step(learner, publisher)
             self._rollouts.stop()
-            if not self._stop.is_set():
+            if self._version > 0:
                 self._last = self._note_evaluation(self._evaluate())
 
     def summary(self, ended: str) -> dict[str, Any]:
@@ -99,6 +125,8 @@ class Run:
         }
 
     def _is_done(self) -> bool:
+        if self._wishes.either():
+            return True
         if self._version < self._options.steps:
             return False
         deadline_s = self._options.deadline_s
@@ -110,11 +138,11 @@ class Run:
             version=self._version,
             count=self._options.groups_per_step,
             timeout_s=self._options.stall_s,
-            until=self._stop,
+            until=self._wishes.either,
         )
         waited = time.monotonic()
         kept = [most_telling(group, self._options.train_samples_per_group) for group in groups]
-        update = learner.step(kept, is_cancelled=self._stop.is_set) if kept else None
+        update = learner.step(kept, is_cancelled=self._wishes.stop.is_set) if kept else None
         if update is None:
             return
         trained = time.monotonic()
@@ -180,7 +208,7 @@ class Run:
 
     def _note_evaluation(self, waiting: Future[Evaluation]) -> Evaluation | None:
         """Wait for it, or until ``stop`` is set; then it is withdrawn and there is none."""
-        while not self._stop.is_set():
+        while not self._wishes.stop.is_set():
             try:
                 evaluation = waiting.result(timeout=0.2)
             except TimeoutError:
@@ -222,9 +250,8 @@ def _problems(options: Options) -> Sequence[Problem]:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = read_options(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    wishes = Wishes()
+    wishes.obey_signals()
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -234,14 +261,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     with EventLog(options.out) as events, rollouts:
         events.write("start", **{k: str(v) for k, v in asdict(options).items()})
-        run = Run(options, events, rollouts, stop)
+        run = Run(options, events, rollouts, wishes)
         try:
             run.run()
         except EndpointError as error:
             events.write("summary", **run.summary("error"), error=str(error))
             log.error("event=failed reason=%s", error)
             return 1
-        events.write("summary", **run.summary("signal" if stop.is_set() else "done"))
+        events.write("summary", **run.summary("stopped" if wishes.stop.is_set() else "done"))
     return 0
 
 

@@ -32,7 +32,7 @@ DEADLINE_S = 20.0
 
 # An HTTP front with /health and a child titled like vLLM's that computes; argv: port, traits.
 ENGINE = '''
-import http.server, mmap, os, signal, subprocess, sys, threading, time
+import http.server, mmap, multiprocessing, os, signal, subprocess, sys, threading, time
 port, traits = int(sys.argv[1]), sys.argv[2].split(",")
 print("loading the model", flush=True)
 if "dies" in traits:
@@ -53,6 +53,9 @@ print("child ready", flush=True)
 time.sleep(600)
 """
 shared = f"/dev/shm/rowen-test-{os.getpid()}"
+if "semaphore" in traits:
+    semaphore = multiprocessing.get_context("spawn").Semaphore()
+    print("semaphore", semaphore._semlock.name[1:], flush=True)
 core = subprocess.Popen(["VLLM::EngineCore", "-c", child, shared], executable=sys.executable,
                         stdout=subprocess.PIPE)
 core.stdout.readline()
@@ -241,6 +244,29 @@ def test_sigkill_of_any_process_ends_the_whole_engine(tmp_path: Path, victim: st
         assert (ended.returncode, ended.was_asked) == (-9, False)
         if victim != "front":  # the keeper is dead: nobody was left to remove it
             assert remove_shared_memory() == 1
+        assert_nothing_is_left(supervisor, pids)
+
+    run(case())
+
+
+@pytest.mark.parametrize("how", ["front", "stop"])
+def test_a_killed_engine_leaves_no_semaphore(tmp_path: Path, how: str) -> None:
+    async def case() -> None:
+        supervisor = supervise(tmp_path, "semaphore,stubborn")
+        await supervisor.start()
+        await supervisor.wait_ready(DEADLINE_S)
+        semaphore = Path(
+            "/dev/shm/sem." + supervisor.log.read_text().split("semaphore ")[1].strip()
+        )
+        assert os.access(semaphore, os.R_OK)
+        pids = supervisor.pids
+        assert len(pids) == 3  # with Python's resource tracker
+        if how == "front":
+            os.kill(pids[0], signal.SIGKILL)
+            await supervisor.wait_exit()
+        else:
+            await supervisor.stop(deadline_s=0.1)
+        assert not os.access(semaphore, os.F_OK)
         assert_nothing_is_left(supervisor, pids)
 
     run(case())

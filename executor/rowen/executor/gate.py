@@ -83,6 +83,8 @@ class GatedScheduler(Scheduler):
         while not admission.allowed and time.monotonic() < deadline_s:
             time.sleep(POLL_S)
             admission = self._gate.check()
+        if self.running and not admission.allowed:
+            self._gate.step_refused(admission)
         return admission
 
     def _limit(self, admission: Admission) -> list[Any]:

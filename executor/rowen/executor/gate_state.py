@@ -53,7 +53,7 @@ class Gate:
         self._epoch_seen = 0
         self._in_step = self._is_held = False
         self._held_ns_in_step = 0
-        self._step_started_ns = 0
+        self._step_started_ns = self._step_ended_ns = 0
         self._seen_open_cpu_ns = 0
         self._closing_has_sample = False
         self._steps_total = self._tokens_total = 0
@@ -112,9 +112,15 @@ class Gate:
         with self._lock:
             if self._in_step:
                 admission = self._check()
+                self._step_ended_ns = time.monotonic_ns()
                 if not admission.allowed:
-                    self._take_sample(admission)
+                    self._take_sample(admission, self._step_ended_ns)
                 self._in_step = False
+
+    def step_refused(self, admission: Admission) -> None:
+        """Running sequences got no step: their last one ended before or after the closing."""
+        with self._lock:
+            self._take_sample(admission, self._step_ended_ns)
 
     def between_layers(self) -> None:
         """Hold while closed, for at most the configured time per step; at once back when open."""
@@ -128,7 +134,7 @@ class Gate:
             limit_ns = self._config.layer_hold_ms * 1_000_000 - self._held_ns_in_step
             if limit_ns <= 0:
                 return
-            self._take_sample(admission)
+            self._take_sample(admission, time.monotonic_ns())
             self._is_held = True
             self._publish(time.monotonic_ns())
         self._hold(limit_ns)
@@ -178,13 +184,12 @@ class Gate:
             self._open_ns_total += now_ns - self._opened_ns
             self._closings_total += 1
 
-    def _take_sample(self, admission: Admission) -> None:
+    def _take_sample(self, admission: Admission, stopped_ns: int) -> None:
         """Note how long compute outlived this closing; once per closing."""
         if self._closing_has_sample:
             return
         self._closing_has_sample = True
-        now_ns = time.monotonic_ns()
-        wall_ns = max(0, now_ns - max(admission.closed_since_ns, self._step_started_ns))
+        wall_ns = max(0, stopped_ns - max(admission.closed_since_ns, self._step_started_ns))
         # In the idle class the kernel takes the core away before the gate can look, so the wall
         # runs on while nothing computes.  Processor time since the gate was last seen open bounds
         # from above what was really computed.

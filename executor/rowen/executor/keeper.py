@@ -31,6 +31,10 @@ KILL_NOW = b"K"
 SWEEP_S = 5.0
 """How long killed processes may take to disappear (they may be inside a long system call)."""
 
+TRACKER_S = 1.0
+"""What Python's resource trackers get to unlink semaphores once their users are dead; they then
+end by themselves.  Nobody else knows the names of semaphores whose users are gone already."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -78,6 +82,13 @@ def remove_shared_memory(inodes: set[int]) -> None:
     for entry in list(os.scandir("/dev/shm")) if left else []:
         if entry.inode() in left:
             Path(entry.path).unlink(missing_ok=True)
+
+
+def is_tracker(pid: int) -> bool:
+    """Whether this is a resource tracker of Python's multiprocessing."""
+    with contextlib.suppress(OSError):
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def _everyone() -> list[int]:
@@ -166,12 +177,13 @@ class Keeper:
 
     def _sweep(self) -> None:
         """Kill what is left until nothing is, then unlink its shared memory."""
-        deadline_s = time.monotonic() + SWEEP_S
-        while (left := descendants()) and time.monotonic() < deadline_s:
+        began_s = time.monotonic()
+        while (left := descendants()) and (now_s := time.monotonic()) < began_s + SWEEP_S:
             self.shared_memory |= shared_memory_of(left)
             _unbind(left)
             for pid in left:
-                _signal(pid, signal.SIGKILL)
+                if not (is_tracker(pid) and now_s < began_s + TRACKER_S):
+                    _signal(pid, signal.SIGKILL)
             self._reap()
             time.sleep(0.01)
         remove_shared_memory(self.shared_memory)

@@ -73,7 +73,7 @@ class GateReading(NamedTuple):
     tokens_total: int
     """Tokens (prompt and new) that went through the model."""
     samples_total: int = 0
-    """Closings that met a running step; each gave one sample."""
+    """Closings that met running sequences; each gave one sample."""
     epoch_seen: int = 0
     """The daemon's epoch that the gate last read."""
     open_ns_total: int = 0

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import re
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -160,7 +161,14 @@ def _serve(settings: Settings, listener: socket.socket, redis_url: str | None) -
         log_level="warning",
         timeout_graceful_shutdown=5,
     )
+    # The server raises the signal again once it has ended in order: then that is a clean end.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end_cleanly)
     _Server(config, app).run(sockets=[listener])
+
+
+def _end_cleanly(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,10 @@ class EmbeddedRedis:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop serving and free the port; may be called again."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

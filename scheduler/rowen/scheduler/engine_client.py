@@ -82,7 +82,7 @@ class Choice(msgspec.Struct):
 
 class _Chunk(msgspec.Struct):
     choices: list[Choice] = []
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode

@@ -138,6 +138,19 @@ def test_a_closing_that_meets_the_end_of_a_step_gives_a_sample(node: Node) -> No
     assert node.read().closings_total == 1
 
 
+def test_a_closing_between_two_steps_took_no_time(node: Node) -> None:
+    node.say()
+    node.gate.check()
+    node.gate.step_started(1)
+    node.gate.step_ended()
+    node.say(running=1)
+    node.gate.step_refused(node.gate.check())
+    node.gate.step_refused(node.gate.check())
+    node.gate.start()
+    until(lambda: node.read().samples_total == 1)
+    assert node.read().close_to_idle_wall_ring_us == (0,)
+
+
 def test_silence_closes_within_the_bound(tmp_path: Path) -> None:
     node = Node(tmp_path / "node.lane", silent_ms=20)
     node.say()

@@ -71,7 +71,7 @@ def test_every_mistake_is_named_at_once_with_line_field_and_value(tmp_path: Path
         ),
         ("probe_heartbeat_ms: 500", "probe_heartbeat_ms: 2000", "less than or equal to 900"),
         ("apiVersion: rowen.dev/v1alpha1", "apiVersion: v1", "is 'v1': input should be"),
-        ("window_s: 20", "window_s: .nan", "window_s: is nan: input should be"),
+        ("window_s: 10", "window_s: .nan", "window_s: is nan: input should be"),
         ("name: demo", "name: De mo", "metadata.name: is 'De mo': string should match"),
         ("mode: enforce", "mode: enforce\n  mode: off", "spec.mode: the key stands twice"),
     ],

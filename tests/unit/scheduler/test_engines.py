@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rowen.policies.lease import EngineKind, Grant
 from rowen.scheduler.engines import EnginePolicy, EngineSeen, EngineState, Reason, decide
 

@@ -6,6 +6,7 @@ import json
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rowen.scheduler.reply import chunk, final_usage, whole
 from rowen.scheduler.request import read_request
 from rowen.scheduler.trajectory import TrajectoryLog
@@ -38,12 +39,12 @@ def event(raw: bytes):
 def test_pieces_put_together_are_the_whole(tokens, data) -> None:
     request, log = make(tokens)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(tokens)))))
-    bounds = list(zip([0, *cuts], [*cuts, len(tokens)]))
+    bounds = list(zip([0, *cuts], [*cuts, len(tokens)], strict=True))
     events = [event(chunk(request, log, a, b, b == len(tokens))) for a, b in bounds]
     choices = [e["choices"][0] for e in events]
     complete = json.loads(whole(request, log, "m", 0))["choices"][0]
-    assert sum((c["token_ids"] for c in choices), []) == complete["token_ids"] == tokens
-    entries = sum((c["logprobs"]["content"] for c in choices), [])
+    assert [t for c in choices for t in c["token_ids"]] == complete["token_ids"] == tokens
+    entries = [e for c in choices for e in c["logprobs"]["content"]]
     assert entries == complete["logprobs"]["content"]
     assert choices[-1]["weight_versions"] == complete["weight_versions"]
     assert (choices[-1]["finish_reason"], choices[-1]["stop_reason"]) == ("stop", 2)

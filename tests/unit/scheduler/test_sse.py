@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rowen.scheduler.sse import MAX_EVENT_BYTES, SseError, SseParser
 
 payloads = st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"])))
@@ -15,7 +16,7 @@ def test_payloads_come_whole_however_they_are_split(payloads, data) -> None:
     raw = "".join(f": note\n\ndata: {payload}\r\n\r\n" for payload in payloads).encode()
     cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)))))
     parser, got = SseParser(), []
-    for start, end in zip([0, *cuts], [*cuts, len(raw)]):
+    for start, end in zip([0, *cuts], [*cuts, len(raw)], strict=True):
         got += parser.feed(raw[start:end])
     assert got == [payload.encode() for payload in payloads]
     assert not parser.is_mid_event

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rowen.scheduler.trajectory import (
     FinishedError,
     NonsenseError,
@@ -46,7 +49,7 @@ def test_log_holds_exactly_what_arrived_and_spans_tile_it_with_true_versions(sta
     assert log.tokens.tolist() == arrived
     spans = log.spans
     assert [v for span in spans for v in [span.version] * (span.end - span.start)] == truth
-    assert all(a.end == b.start and a.version != b.version for a, b in zip(spans, spans[1:]))
+    assert all(a.end == b.start and a.version != b.version for a, b in pairwise(spans))
 
 
 @given(st.integers(1, 12), st.lists(st.integers(0, 9), min_size=1, max_size=20))

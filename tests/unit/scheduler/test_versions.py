@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rowen.scheduler.versions import Candidate, choose_updates
 
 SERVING = Candidate("a", 1, True, True, False, 0.0, 0)
