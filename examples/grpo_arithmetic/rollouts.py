@@ -151,6 +151,8 @@ class Rollouts:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
+        # Closed connections are let go in the turn of the loop after the one that closed them.
+        self._loop.run_until_complete(asyncio.sleep(0))
 
     def _submit(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -205,12 +207,15 @@ class Rollouts:
         group_id = f"{self._run_id}-{self._groups_begun}"
         bound = str(self._settings.max_staleness)
         headers = {"X-Rowen-Group": group_id, "X-Rowen-Max-Staleness": bound}
-        samples = await asyncio.gather(
-            *(
-                self._sample(problem, f"{group_id}-{index}", headers)
-                for index in range(self._settings.samples_per_group)
-            )
-        )
+        tasks = [
+            asyncio.create_task(self._sample(problem, f"{group_id}-{index}", headers))
+            for index in range(self._settings.samples_per_group)
+        ]
+        try:
+            samples = await asyncio.gather(*tasks)
+        finally:
+            # When one is refused, the others must not outlive the group.
+            await cancelled(tasks)
         found = tuple(sample for sample in samples if sample is not None)
         if len(found) < 2:
             return None

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
+from base64 import b64encode
 from collections.abc import Iterator
 
 import pytest
 import torch
+
 from rowen.weightsync.delta import unseal
 from rowen.weightsync.errors import PeerLostError, TransferTimeoutError
 from rowen.weightsync.fetch import PublisherClient, fetch
+from rowen.weightsync.messages import (
+    REPLY,
+    AskFrame,
+    Deadline,
+    RefusedReply,
+    SendFrame,
+    receive_message,
+    send_message,
+)
 from rowen.weightsync.publisher import Publisher
 from rowen.weightsync.receive import Holding, check_base, decode
 
@@ -68,7 +80,7 @@ def test_versions_cross_again_and_again_bit_by_bit(publisher: tuple[Process, int
         base[::200] -= 1
         manifest = unseal(step).manifest
         assert check_base(manifest, Holding.of(catalogue)).chain == manifest.chain
-        (update,) = decode(unseal(step), lambda _, index_N: base[index_N])
+        (update,) = decode(unseal(step), lambda _, index_N, held=base: held[index_N])
         assert update.index_N is not None
         base[update.index_N] = update.value_N
         assert (base == whole.value_N).all()
@@ -182,3 +194,18 @@ def test_a_trainer_that_exits_without_closing_does_not_hang() -> None:
         [sys.executable, "-c", script], timeout=60, check=False, capture_output=True, text=True
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_a_worker_address_that_is_none_does_not_bring_the_trainer_down() -> None:
+    with Publisher("m", {"w": torch.zeros(1000)}) as publisher:
+        for worker in ("", "eA==", "no base64", b64encode(bytes(200)).decode()):
+            with socket.create_connection(publisher.address) as connection:
+                deadline = Deadline(20)
+                send_message(connection, AskFrame(have=None, want=0), deadline)
+                receive_message(connection, REPLY, 1 << 20, deadline)
+                message = SendFrame(worker=worker, worker_sha256="0" * 64, tag=1)
+                send_message(connection, message, deadline)
+                reply = receive_message(connection, REPLY, 1 << 20, deadline)
+                assert isinstance(reply, RefusedReply)
+                assert "worker address" in reply.reason
+        assert fetch(*publisher.address, have=None, want_version=0)

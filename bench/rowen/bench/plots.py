@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from rowen.bench.records import ServingRecord
 from rowen.bench.series import EnginePoint, Point, Series
+from rowen.policies.reclaim import Rung
 
 INK = "#1f2933"
 FAINT = "#8895a3"
@@ -26,7 +27,7 @@ OPEN = "#b2f2bb"
 CLOSED = "#e9ecef"
 ENGINES = ("#e8590c", "#1971c2", "#7048e8", "#2f9e44", "#c2255c", "#868e96")
 """Colours of rollout engines in the order of their names."""
-RUNGS = ("RUN", "GATE", "DRAIN", "TERMINATE", "KILL")
+RUNGS = tuple(rung.value for rung in Rung)
 """Rungs of the reclaim ladder, mildest first; unknown ones are drawn above."""
 
 _STYLE = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import sys
 import time
@@ -45,6 +46,17 @@ def narrator() -> Callable[[str], None]:
     return say
 
 
+class Narration(logging.Handler):
+    """Tells warnings of the parts that run in this process in the same voice."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say(record.getMessage())
+
+
 def end_requested() -> asyncio.Event:
     """An event that SIGINT and SIGTERM set; further signals change nothing."""
     event = asyncio.Event()
@@ -57,6 +69,7 @@ def end_requested() -> asyncio.Event:
 async def _run(stack: Stack) -> int:
     end = end_requested()
     say = narrator()
+    logging.getLogger().addHandler(Narration(say))
     try:
         local = LocalStack(stack, say=say)
     except PARTS_FAIL as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -111,15 +110,13 @@ class NodeConfig(Strict):
 
 def gated_spec(config: NodeConfig, policy: HarvestPolicy) -> EngineSpec:
     """The rollout engine with the policy's freshness bounds, so that gate and guard agree."""
-    settings = {
-        "lane": str(config.lane),
-        "probe_silent_ms": policy.spec.freshness.probe_heartbeat_ms,
-        "daemon_silent_ms": policy.spec.freshness.daemon_heartbeat_ms,
-    }
-    # The last of two equal options counts; the spec itself gives one with the lane only.
-    bounds = ("--additional-config", json.dumps({"rowen": settings}))
-    spec = config.rollout
-    return spec.model_copy(update={"extra_args": (*bounds, *spec.extra_args)})
+    freshness = policy.spec.freshness
+    return config.rollout.model_copy(
+        update={
+            "probe_silent_ms": freshness.probe_heartbeat_ms,
+            "daemon_silent_ms": freshness.daemon_heartbeat_ms,
+        }
+    )
 
 
 def load_config(path: Path) -> tuple[NodeConfig, HarvestPolicy]:

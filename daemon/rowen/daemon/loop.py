@@ -86,16 +86,16 @@ class Loop:
         """Tick until cancelled."""
         next_s = time.monotonic()
         while True:
-            self.tick(time.monotonic_ns())
+            self.tick()
             # After a late tick the rhythm begins anew; ticks are never made up for in a burst.
             next_s = max(next_s + TICK_S, time.monotonic())
             await asyncio.sleep(next_s - time.monotonic())
 
-    def tick(self, now_ns: int) -> None:
+    def tick(self) -> None:
         """Observe, decide and act once."""
-        elapsed_ms = (now_ns - self._last_ns) / 1e6
-        self._last_ns = now_ns
-        seen = self._observer.look(now_ns)
+        seen = self._observer.look()
+        elapsed_ms = (seen.now_ns - self._last_ns) / 1e6
+        self._last_ns = seen.now_ns
         mode = self.mode
         verdict = guard.decide(self._guard, seen.for_guard(elapsed_ms, mode), self.policy)
         fast_path = self._ask_fast_path(seen, verdict)

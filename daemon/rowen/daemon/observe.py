@@ -7,6 +7,8 @@ memory.  A source that fails gives None, which the guard takes for the worst cas
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,12 +74,19 @@ class Observation:
 class Observer:
     """Reads all sources."""
 
-    def __init__(self, link: LaneLink, scraper: Scraper, kill_file: Path) -> None:
+    def __init__(
+        self,
+        link: LaneLink,
+        scraper: Scraper,
+        kill_file: Path,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
         self._link = link
         self._scraper = scraper
         self._kill_file = kill_file
+        self._clock = clock
 
-    def look(self, now_ns: int) -> Observation:
+    def look(self) -> Observation:
         """Take one look; never raises."""
         problems: dict[str, str] = {}
         kill_switch = self._read_kill_switch(problems)
@@ -86,7 +95,9 @@ class Observer:
         if self._scraper.problem is not None:
             problems["metrics"] = self._scraper.problem
         return Observation(
-            now_ns=now_ns,
+            # After all reads: the probe writes while we look, and a heartbeat newer than "now"
+            # would have a negative age (seen: -0.03 ms, which closed the gate for a cool-down).
+            now_ns=self._clock(),
             kill_switch=kill_switch,
             probe=probe,
             gate=gate,

@@ -249,9 +249,10 @@ class Dispatcher:
                 raise
         except EngineRefusedError as error:
             refusal = error
-            stay.cause = "refused_work"
+            stay.cause = stay.cause or "refused_work"
         except (EngineBrokenError, NonsenseError) as error:
-            stay.cause = error.cause if isinstance(error, EngineBrokenError) else "nonsense"
+            told = error.cause if isinstance(error, EngineBrokenError) else "nonsense"
+            stay.cause = stay.cause or told  # a connection that we drop may break loudly
             if isinstance(error, NonsenseError):
                 log.warning("engine=%s nonsense=%s", engine.engine_id, error)
         finally:

@@ -46,7 +46,7 @@ def test_paths_count_from_the_file_and_the_engine_gets_lane_and_bounds(tmp_path:
     last = len(argv) - 1 - argv[::-1].index("--additional-config")
     assert json.loads(argv[last + 1])["rowen"] == {
         "lane": str(tmp_path / "run" / "lane"),
-        "probe_silent_ms": 500,
+        "probe_silent_ms": 800,
         "daemon_silent_ms": 500,
     }
 

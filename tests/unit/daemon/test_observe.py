@@ -45,7 +45,7 @@ def metrics_page(fast: int, slow: int) -> str:
 def test_on_a_fresh_node_everything_is_unknown_but_memory_and_switch(
     link: LaneLink, scraper: Scraper, tmp_path: Path
 ) -> None:
-    seen = Observer(link, scraper, tmp_path / "kill").look(time.monotonic_ns())
+    seen = Observer(link, scraper, tmp_path / "kill").look()
     assert seen.kill_switch is False
     assert seen.available_memory_bytes is not None
     guard_seen = seen.for_guard(100.0, Mode.ENFORCE)
@@ -59,17 +59,17 @@ def test_the_kill_switch_is_any_entry_of_that_name(
 ) -> None:
     observer = Observer(link, scraper, tmp_path / "kill")
     (tmp_path / "kill").symlink_to(tmp_path / "nowhere")
-    assert observer.look(1).kill_switch is True
+    assert observer.look().kill_switch is True
     (tmp_path / "kill").unlink()
-    assert observer.look(1).kill_switch is False
+    assert observer.look().kill_switch is False
     (tmp_path / "kill").mkdir()
-    assert observer.look(1).kill_switch is True
+    assert observer.look().kill_switch is True
 
 
 def test_a_kill_switch_whose_folder_is_gone_is_unknown(
     link: LaneLink, scraper: Scraper, tmp_path: Path
 ) -> None:
-    seen = Observer(link, scraper, tmp_path / "gone" / "kill").look(1)
+    seen = Observer(link, scraper, tmp_path / "gone" / "kill").look()
     assert seen.kill_switch is None
     assert "is gone" in seen.problems["kill_switch"]
 
@@ -78,7 +78,8 @@ def test_ages_come_from_the_heartbeats(link: LaneLink, scraper: Scraper, tmp_pat
     now_ns = time.monotonic_ns()
     probe = Lane.open(tmp_path / "lane", role="probe")
     probe.write_probe(ProbeReading(now_ns - SECOND_NS, 1, 2, 0.0, 0, 0.5, 0, 0.0, 9, 9))
-    seen = Observer(link, scraper, tmp_path / "kill").look(now_ns)
+    observer = Observer(link, scraper, tmp_path / "kill", clock=lambda: now_ns)
+    seen = observer.look()
     probe.close()
     assert seen.probe_age_ms == 1000
     assert seen.probe is not None
@@ -91,7 +92,7 @@ def test_a_damaged_lane_is_no_reading_and_the_next_write_replaces_it(
 ) -> None:
     observer = Observer(link, scraper, tmp_path / "kill")
     (tmp_path / "lane").write_bytes(damage)
-    seen = observer.look(time.monotonic_ns())
+    seen = observer.look()
     assert seen.probe is None
     assert "probe" in seen.problems
     link.write(is_open=False, sequence_cap=0, epoch=1)
@@ -163,3 +164,20 @@ def test_obedience(age_ms: int, is_open: bool, closed_for_ms: int | None, expect
     closed_since_ns = None if closed_for_ms is None else now_ns - closed_for_ms * 1_000_000
     assert is_obedient(gate, now_ns, closed_since_ns) is expected
     assert is_obedient(None, now_ns, closed_since_ns) is False
+
+
+def test_the_clock_is_read_after_everything_else(
+    link: LaneLink, scraper: Scraper, tmp_path: Path
+) -> None:
+    probe = Lane.open(tmp_path / "lane", role="probe")
+
+    def clock() -> int:
+        # Whatever the probe wrote before this moment was seen; a later beat cannot have been.
+        probe.write_probe(ProbeReading(time.monotonic_ns(), 0, 0, 0.0, 0, 0.0, 0, 0.0, 1, 1))
+        return time.monotonic_ns()
+
+    observer = Observer(link, scraper, tmp_path / "kill", clock=clock)
+    observer.look()
+    ages_ms = [observer.look().probe_age_ms for _ in range(50)]
+    probe.close()
+    assert all(age_ms is not None and age_ms >= 0 for age_ms in ages_ms)

@@ -30,7 +30,7 @@ def test_the_shipped_demo_policy_is_valid_and_enforces() -> None:
     policy = load_policy(library_policy("demo"))
     assert policy.spec.mode is Mode.ENFORCE
     assert policy.spec.objectives.ttft.threshold_ms == 1000
-    assert policy.spec.reclaim.drain_after_ms == 3000
+    assert policy.spec.reclaim.drain_after_ms == 1500
 
 
 def test_an_unknown_shipped_policy_names_those_that_exist() -> None:
@@ -69,7 +69,7 @@ def test_every_mistake_is_named_at_once_with_line_field_and_value(tmp_path: Path
             "      cut_ratio: 0.5\n      min_samples: 15 # an SLO",
             "recover_ratio (0.9) must be below cut_ratio (0.5)",
         ),
-        ("probe_heartbeat_ms: 500", "probe_heartbeat_ms: 2000", "less than or equal to 900"),
+        ("probe_heartbeat_ms: 800", "probe_heartbeat_ms: 2000", "less than or equal to 900"),
         ("apiVersion: rowen.dev/v1alpha1", "apiVersion: v1", "is 'v1': input should be"),
         ("window_s: 10", "window_s: .nan", "window_s: is nan: input should be"),
         ("name: demo", "name: De mo", "metadata.name: is 'De mo': string should match"),

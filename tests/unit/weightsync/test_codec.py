@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rowen.weightsync.codec import (
     absolute_values,
     decode_dense,
@@ -33,6 +34,7 @@ def apply(section: bytes, old: Elements, changed: int) -> Elements:
     return new
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     count=st.integers(0, 3000),
@@ -55,6 +57,7 @@ def test_a_change_comes_back_bit_by_bit(
     assert np.array_equal(apply(section, old, index.size), new)
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     count=st.integers(0, 2000),
@@ -85,6 +88,7 @@ def test_one_ulp_changes_at_half_a_percent_cost_under_1_6_bytes_each() -> None:
     assert len(encode_gaps(index, old, new)) / index.size < 1.6
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), data=st.data())
 def test_mutated_sections_are_refused_or_stay_inside_the_tensor(
     seed: int, data: st.DataObject

@@ -6,6 +6,7 @@ import socket
 
 import pytest
 import torch
+
 from rowen.weightsync.errors import (
     PeerLostError,
     ProtocolError,

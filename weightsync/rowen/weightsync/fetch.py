@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import secrets
 import socket
-from base64 import b64encode
 from types import TracebackType
 from typing import Final, Self
 
@@ -35,8 +34,7 @@ from rowen.weightsync.messages import (
     receive_message,
     send_message,
 )
-from rowen.weightsync.publisher import is_loopback
-from rowen.weightsync.ucx import UcxPort
+from rowen.weightsync.ucx import UcxPort, is_loopback
 from rowen.weightsync.versions import Catalogue, Document, Have
 
 REPLY_DEADLINE_S: Final = 60.0
@@ -110,8 +108,7 @@ class PublisherClient:
         tag = secrets.randbits(64)
         ucx_port = UcxPort(loopback=self._loopback)
         try:
-            worker = b64encode(ucx_port.address).decode()
-            self._say(SendFrame(worker=worker, tag=tag))
+            self._say(SendFrame.to(ucx_port.address, tag))
             ucx_port.receive(tag, frame, self._connection, self._stall_s)
         finally:
             ucx_port.close()

@@ -10,22 +10,24 @@ peer that closes, stalls or sends nonsense gives a typed error.
                                          ←  {"kind": "catalogue", "catalogue": {…}}
     {"op": "fetch", "have": …, "want": v} →
                                          ←  {"kind": "frame", "frame_bytes": n} | {"kind": "held"}
-    {"op": "send", "worker": …, "tag": t} →    (n bytes over UCX follow)
+    {"op": "send", "worker": …, "tag": t, …} → (n bytes over UCX follow)
     {"op": "received"}                   →
     either side may say                     {"kind": "refused", "code": …, "reason": …}
 """
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import struct
 import time
-from typing import Annotated, Final, Literal, TypeVar
+from base64 import b64decode, b64encode
+from typing import Annotated, Final, Literal, Self, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from rowen.weightsync.errors import PeerLostError, ProtocolError, TransferTimeoutError
-from rowen.weightsync.versions import Catalogue, Document, Have
+from rowen.weightsync.versions import Catalogue, Document, Have, Hex256
 
 _LENGTH = struct.Struct("<I")
 
@@ -49,7 +51,30 @@ class SendFrame(Document):
     op: Literal["send"] = "send"
     worker: Annotated[str, Field(max_length=1 << 15)]
     """The receiver's UCX worker address, base64."""
+    worker_sha256: Hex256
+    """UCX ends the process that connects to bytes that are no address; so they are checked.  That
+    keeps accidents out, not somebody who means harm: the port belongs in a trusted network."""
     tag: Annotated[int, Field(ge=0, lt=2**64)]
+
+    @classmethod
+    def to(cls, worker_address: bytes, tag: int) -> Self:
+        """Ask for the frame to be sent to this UCX worker."""
+        digest = hashlib.sha256(worker_address).hexdigest()
+        return cls(worker=b64encode(worker_address).decode(), worker_sha256=digest, tag=tag)
+
+    def worker_address(self) -> bytes:
+        """The address, decoded.
+
+        Raises:
+            ProtocolError: it is not what the receiver sent.
+        """
+        try:
+            address = b64decode(self.worker, validate=True)
+        except ValueError as error:
+            raise ProtocolError(f"the worker address is no base64: {error}") from error
+        if hashlib.sha256(address).hexdigest() != self.worker_sha256:
+            raise ProtocolError("the worker address does not have its checksum")
+        return address
 
 
 class FrameReceived(Document):

@@ -14,13 +14,12 @@ never keep a trainer from exiting.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import socket
 import threading
 import time
-from base64 import b64decode
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
@@ -28,9 +27,12 @@ from typing import TYPE_CHECKING, Final, Self
 from rowen.weightsync.delta import Manifest
 from rowen.weightsync.elements import dtype_name, elements_of
 from rowen.weightsync.errors import (
+    BaseUnknownError,
     PeerLostError,
     ProtocolError,
     PublisherBusyError,
+    ReplayError,
+    VersionUnknownError,
     WeightSyncError,
 )
 from rowen.weightsync.messages import (
@@ -49,7 +51,7 @@ from rowen.weightsync.messages import (
     send_message,
 )
 from rowen.weightsync.store import RETAINED_VERSIONS, NamedElements, VersionStore
-from rowen.weightsync.ucx import UcxPort
+from rowen.weightsync.ucx import UcxPort, is_loopback
 
 if TYPE_CHECKING:
     import torch
@@ -119,18 +121,18 @@ class Publisher:
         named = self._elements(initial)
         self._store = VersionStore(model_id, named, retained_versions=retained_versions)
         self._listener = socket.create_server((host, port), backlog=MAXIMUM_RECEIVERS)
+        self._address: tuple[str, int] = self._listener.getsockname()[:2]
         self._loopback = is_loopback(host)
         self._places = threading.BoundedSemaphore(MAXIMUM_RECEIVERS)
         self._closed = threading.Event()
-        self._threads: set[threading.Thread] = set()
+        self._peers: dict[threading.Thread, socket.socket] = {}
         self._accepting = threading.Thread(target=self._accept, name="rowen-publisher", daemon=True)
         self._accepting.start()
 
     @property
     def address(self) -> tuple[str, int]:
         """Host and port that receivers fetch from."""
-        host, port = self._listener.getsockname()[:2]
-        return str(host), int(port)
+        return self._address
 
     @property
     def newest_version(self) -> int:
@@ -178,11 +180,15 @@ class Publisher:
         if self._closed.is_set():
             return
         self._closed.set()
-        # Closing alone does not wake a thread that sits in accept().
+        # Closing alone does not wake a thread that sits in accept() or recv().
         self._listener.shutdown(socket.SHUT_RDWR)
         self._accepting.join(timeout=STALL_S)
         self._listener.close()
-        for thread in list(self._threads):
+        peers = dict(self._peers)
+        for connection in peers.values():
+            with suppress(OSError):  # the receiver left by itself
+                connection.shutdown(socket.SHUT_RDWR)
+        for thread in peers:
             thread.join(timeout=STALL_S)
 
     def __enter__(self) -> Self:
@@ -221,7 +227,7 @@ class Publisher:
             thread = threading.Thread(
                 target=self._serve, args=(connection,), name="rowen-publisher-peer", daemon=True
             )
-            self._threads.add(thread)
+            self._peers[thread] = connection
             thread.start()
 
     def _serve(self, connection: socket.socket) -> None:
@@ -236,7 +242,7 @@ class Publisher:
         except Exception:
             logger.exception("a receiver could not be served")
         finally:
-            self._threads.discard(threading.current_thread())
+            del self._peers[threading.current_thread()]
 
     def _answer_or_refuse(self, connection: socket.socket) -> None:
         try:
@@ -268,7 +274,13 @@ class Publisher:
                 raise ProtocolError(f"{request.op!r} was not asked for")
 
     def _hand_out(self, connection: socket.socket, request: AskFrame) -> None:
-        frame = self._store.frame(request.have, request.want)
+        try:
+            frame = self._store.frame(request.have, request.want)
+        except (BaseUnknownError, ReplayError, VersionUnknownError) as error:
+            # The receiver may ask for something else on the same connection.
+            refused = RefusedReply(code=error.code, reason=str(error))
+            send_message(connection, refused, Deadline(PEER_DEADLINE_S))
+            return
         deadline = Deadline(PEER_DEADLINE_S)
         if frame is None:
             send_message(connection, HeldReply(), deadline)
@@ -277,22 +289,12 @@ class Publisher:
         answer = receive_message(connection, REQUEST, REQUEST_BYTES, deadline)
         if not isinstance(answer, SendFrame):
             raise ProtocolError(f"{answer.op!r} instead of a worker address")
+        worker = answer.worker_address()
         port = UcxPort(loopback=self._loopback)
         try:
-            worker = b64decode(answer.worker, validate=True)
             port.send(worker, answer.tag, frame, connection, STALL_S, self._closed.is_set)
             answer = receive_message(connection, REQUEST, REQUEST_BYTES, Deadline(PEER_DEADLINE_S))
             if not isinstance(answer, FrameReceived):
                 raise ProtocolError(f"{answer.op!r} instead of a receipt")
         finally:
             port.close()
-
-
-def is_loopback(host: str) -> bool:
-    """True for addresses that only this machine can reach."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

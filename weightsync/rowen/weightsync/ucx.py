@@ -11,6 +11,7 @@ connection is also how the death of a peer is seen at once.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import select
 import socket
@@ -143,6 +144,16 @@ class UcxPort:
             moved = True
         if not moved and self._worker.arm():
             select.select([self._worker.epoll_file_descriptor, control], [], [], _POLL_S)
+
+
+def is_loopback(host: str) -> bool:
+    """True for addresses that only this machine can reach."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class _Window:

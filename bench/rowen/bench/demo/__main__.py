@@ -7,6 +7,7 @@ Exit 0: done.  1: a part failed, and the message says which.  2: wrong use, noth
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +21,10 @@ from rowen.bench.errors import BenchError
 from rowen.bench.report import write_report
 from rowen.cli.stack import LocalStack
 from rowen.cli.stack_config import StackError
-from rowen.cli.up import PARTS_FAIL, end_requested, narrator
+from rowen.cli.up import PARTS_FAIL, Narration, end_requested, narrator
+
+PLAIN_WIDTH = 110
+"""Columns of the table where no terminal says how wide it is."""
 
 INTERRUPTED = 130
 """128 + SIGINT, what a shell expects."""
@@ -38,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 async def _run(options: Options) -> int:
     started_s = time.monotonic()
     say = narrator()
+    logging.getLogger().addHandler(Narration(say))
     end = end_requested()
     policy_path = options.stack.run_dir / "policy.yaml"
     try:
@@ -70,7 +75,7 @@ async def _run(options: Options) -> int:
         result, series = outcome.conclude(demo, took_s=time.monotonic() - started_s)
         outcome.write(options.out, result, series)
         write_report(options.out / "report.html", result, series)
-        Console().print(outcome.table(result))
+        Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(outcome.table(result))
         say(f"written: {options.out / 'result.json'}, {options.out / 'report.html'}")
     return status
 

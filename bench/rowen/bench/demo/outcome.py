@@ -221,7 +221,7 @@ def table(result: dict[str, Any]) -> Table:
     """The one table that the demo prints."""
     out = Table(title="Rowen demo", title_justify="left")
     for column in ("", "alone", "with harvest", "ratio (95 % interval)"):
-        out.add_column(column, justify="left" if not column else "right")
+        out.add_column(column, justify="left" if not column else "right", no_wrap=True)
     alone, harvested = result["serving_alone"], result["serving_harvested"]
     out.add_row("serving requests", str(alone["requests"]), str(harvested["requests"]), "")
     for key, label in (

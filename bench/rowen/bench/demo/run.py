@@ -42,6 +42,10 @@ from rowen.policies.schema import HarvestPolicy
 VOCABULARY = (1000, 49_000)
 """Ordinary tokens of SmolLM2: its special ones come first, and it has 49,152."""
 
+REQUESTS_PER_S = 0.75
+"""About so many per second of the replay (a slice with a burst has more): fewer of them would make
+the 99th percentile the largest value, more would shorten the answers until TPOT means little."""
+
 JOIN_DEADLINE_S = 240.0
 REPLAY_GRACE_S = 60.0
 """For answers that are under way when the last request was sent."""
@@ -49,8 +53,7 @@ REPLAY_GRACE_S = 60.0
 DRILL_REQUESTS = 24
 DRILL_INPUT_TOKENS = 64
 DRILL_OUTPUT_TOKENS = 72
-"""24 × 72 tokens keep one core busy for more than the three seconds after which the demo's policy
-has trajectories moved."""
+"""24 × 72 tokens keep one core busy for longer than the demo's policy lets trajectories wait."""
 DRILL_WAIT_S = 20.0
 
 
@@ -151,7 +154,7 @@ class Demo:
         goal = WindowGoal(
             duration_s=budget.window_s,
             busy_ratio=options.busy_ratio,
-            requests=round(budget.window_s),
+            requests=round(REQUESTS_PER_S * budget.window_s),
             context_tokens=context,
             rate_factor=options.rate_factor,
             token_factor=options.token_factor,

@@ -59,6 +59,7 @@ def service(options: Options, local: LocalStack, log: Path) -> ServiceSpec:
     argv = [sys.executable, "-m", "examples.grpo_arithmetic.train", "--endpoint", local.endpoint]
     argv += ["--model", str(local.model), "--out", str(log), "--seed", str(options.seed)]
     argv += ["--steps", "1000000"]  # until the demo asks it to finish
+    argv += ["--evaluation-deadline-s", "45"]  # within END_DEADLINE_S
     return ServiceSpec(
         name="trainer",
         argv=argv,
