@@ -5,6 +5,7 @@ The supervisor runs this file (standard library only) with the engine's command 
 - ends them all when the engine's first process ends, when it is told to (SIGTERM), and when its
   owner dies: it holds the reading end of a pipe whose writing end only the owner has,
 - removes what they left in /dev/shm,
+- puts an idle-class engine into a group that only gets what others leave (``idle_group.py``),
 - then ends as the engine ended: with its exit code or by its signal.
 
 Should the keeper itself be killed, the engine's first process goes with it (PR_SET_PDEATHSIG),
@@ -22,6 +23,11 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+if not __package__:  # run as a script, isolated from all packages: make the neighbour findable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from rowen.executor import idle_group  # noqa: E402 - only after the path is set
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -105,11 +111,15 @@ class Keeper:
         self.status: int | None = None
         self.is_told_to_end = False
         self.kill_at_s: float | None = None
+        self.group: Path | None = None
+        """The CPU cgroup of an idle-class engine, where one could be made."""
         self.shared_memory: set[int] = set()
 
     def spawn(self, command: list[str], cores: set[int], is_idle: bool) -> None:
         """Start the engine's first process, placed before it runs its first instruction."""
         keeper = os.getpid()
+        if is_idle:
+            self.group = idle_group.make(f"rowen-idle-{keeper}")
         self.child = os.fork()
         if self.child:
             return
@@ -122,7 +132,8 @@ class Keeper:
             if cores:
                 os.sched_setaffinity(0, cores)
             if is_idle:
-                os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+                means = idle_group.enter(self.group)
+                print(f"keeper: idle by {means}", file=sys.stderr, flush=True)
             os.execvp(command[0], command)
         except OSError as error:
             print(f"keeper: {command[0]} cannot be started: {error}", file=sys.stderr, flush=True)
@@ -181,12 +192,18 @@ class Keeper:
         while (left := descendants()) and (now_s := time.monotonic()) < began_s + SWEEP_S:
             self.shared_memory |= shared_memory_of(left)
             _unbind(left)
+            if self.group is not None:
+                idle_group.leave(self.group, left)
             for pid in left:
                 if not (is_tracker(pid) and now_s < began_s + TRACKER_S):
                     _signal(pid, signal.SIGKILL)
             self._reap()
             time.sleep(0.01)
         remove_shared_memory(self.shared_memory)
+        while self.group is not None and time.monotonic() < began_s + SWEEP_S:
+            if idle_group.remove(self.group):
+                break
+            time.sleep(0.01)  # the last process is dead, the kernel has not let go of it yet
 
 
 def _signal(pid: int, number: int) -> None:
