@@ -44,7 +44,8 @@ if [ -e "$stamp" ]; then
   exit 0
 fi
 
-if [ ! -x $venv/bin/python ]; then
+if ! $venv/bin/python -m pip --version >/dev/null 2>&1; then
+  rm -rf $venv  # missing, or left half made by an interrupted run
   python=$(find_python)
   "$python" -c 'import ensurepip' 2>/dev/null || debian "the Python module ensurepip" python3-venv
   say "creating $venv with $("$python" --version)"

@@ -32,7 +32,9 @@ class LatencySummary:
     requests: int
     """Requests that were answered completely."""
     failed: int
-    """Requests that ended in an error; cancelled ones (the client was stopped) are not counted."""
+    """Requests that ended in an error."""
+    unfinished: int
+    """Requests without their whole answer when the client was stopped: the slowest ones."""
     ttft_p50_ms: float | None
     ttft_p99_ms: float | None
     tpot_p50_ms: float | None
@@ -73,6 +75,7 @@ def summarise(records: Sequence[ServingRecord]) -> LatencySummary:
     return LatencySummary(
         requests=len(answered),
         failed=sum(record.status == "error" for record in records),
+        unfinished=sum(record.status == "cancelled" for record in records),
         ttft_p50_ms=percentile(ttft_ms, 50),
         ttft_p99_ms=percentile(ttft_ms, 99),
         tpot_p50_ms=percentile(tpot_ms, 50),

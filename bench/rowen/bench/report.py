@@ -141,7 +141,11 @@ def _latency_table(result: Mapping[str, Any], ratios: Mapping[str, Any], series:
     slo = {"ttft_p99_ms": series.slo_ttft_ms, "tpot_p99_ms": series.slo_tpot_ms}
     rows = [
         (label, _number(alone.get(key)), _number(harvested.get(key)), "", "")
-        for key, label in (("requests", "requests answered"), ("failed", "requests failed"))
+        for key, label in (
+            ("requests", "requests answered"),
+            ("failed", "requests failed"),
+            ("unfinished", "requests unfinished"),
+        )
     ]
     for key, label, ratio_name in _LATENCY_ROWS:
         interval = ratios.get(ratio_name)

@@ -23,6 +23,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rowen.executor import idle_group
+
 PROBE_DEADLINE_S = 60.0
 """Importing torch on a busy two-core machine was seen to take 20 s; three times that is a hang."""
 
@@ -126,17 +128,28 @@ def amx() -> Finding:
 
 
 def idle_class() -> Finding:
-    status, line = _python_probe(
-        "import os; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0)); print('granted')"
+    name = f"rowen-doctor-{os.getpid()}"
+    status, means = _python_probe(
+        f"from rowen.executor import idle_group as g; print(g.enter(g.make({name!r})))"
     )
+    parent = idle_group.cpu_cgroup()
+    if parent is not None:
+        idle_group.remove(parent / name)
     if status:
         return Finding(
             name="idle class",
             state="missing",
-            detail=f"SCHED_IDLE was refused: {line}",
+            detail=f"SCHED_IDLE was refused: {means}",
             remedy="on a CPU the rollout engine would starve production: allow sched_setscheduler",
         )
-    return Finding(name="idle class", state="ok", detail="SCHED_IDLE is granted")
+    if means == "class":
+        return Finding(
+            name="idle class",
+            state="absent",
+            detail="SCHED_IDLE is granted, but no CPU cgroup and no autogroup",
+            remedy="production in another cgroup must have far more CPU weight than the rollouts",
+        )
+    return Finding(name="idle class", state="ok", detail=f"SCHED_IDLE, across sessions by {means}")
 
 
 def ucx() -> Finding:

@@ -14,12 +14,11 @@ import os
 import signal
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rowen.cli.pages import answers
 from rowen.executor import keeper, restart
 from rowen.executor.restart import RestartPolicy
 
@@ -60,7 +59,7 @@ class Service:
         self.restarts_total = 0
         self._keeper: asyncio.subprocess.Process | None = None
         self._life_fd = -1
-        self._is_stopping = False
+        self._stopping = asyncio.Event()
 
     @property
     def returncode(self) -> int | None:
@@ -79,12 +78,15 @@ class Service:
         return None
 
     async def start(self) -> None:
-        """Start the process; its output goes to the log, the log of the run before to ``.1``."""
+        """Start the process; its output goes to the log, the log of the run before to ``.1``.
+
+        Cancelled in between, nothing runs: the keeper ends when its life pipe is closed.
+        """
         spec = self.spec
         spec.log.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             spec.log.replace(spec.log.with_name(spec.log.name + ".1"))
-        self._is_stopping = False
+        self._stopping.clear()
         life_end, self._life_fd = os.pipe2(os.O_CLOEXEC)
         command = [sys.executable, "-I", "-S", str(Path(keeper.__file__)), str(life_end)]
         command += [str(GRACE_S), str(int(spec.idle_class))]
@@ -100,8 +102,16 @@ class Service:
                     pass_fds=(life_end,),
                     cwd=spec.folder,
                 )
+        except BaseException:
+            self._close_life()
+            raise
         finally:
             os.close(life_end)
+
+    def _close_life(self) -> None:
+        if self._life_fd >= 0:
+            os.close(self._life_fd)
+            self._life_fd = -1
 
     async def wait_ready(self, deadline_s: float) -> None:
         """Wait until the ready page answers.
@@ -117,7 +127,7 @@ class Service:
                     f"{self.spec.name} ended while starting (status {self.returncode}); "
                     f"the end of its log {self.spec.log}:\n{self.tail()}"
                 )
-            if await asyncio.to_thread(_answers, self.spec.ready_url):
+            if await asyncio.to_thread(answers, self.spec.ready_url, deadline_s=PAGE_DEADLINE_S):
                 return
             if time.monotonic() > until_s:
                 await self.stop()
@@ -131,9 +141,7 @@ class Service:
         """Wait until it has ended; nothing of it is left then."""
         assert self._keeper is not None, "not started"
         status = await self._keeper.wait()
-        if self._life_fd >= 0:
-            os.close(self._life_fd)
-            self._life_fd = -1
+        self._close_life()
         return status
 
     async def keep_running(self) -> None:
@@ -145,7 +153,7 @@ class Service:
         crashes_s: list[float] = []
         while True:
             status = await self.wait_exit()
-            if self._is_stopping:
+            if self._stopping.is_set():
                 return
             now_s = time.monotonic()
             crashes_s.append(now_s)
@@ -161,13 +169,15 @@ class Service:
                 status,
                 decision.reason,
             )
-            await asyncio.sleep(decision.delay_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), decision.delay_s)
+                return
             self.restarts_total += 1
             await self.start()
 
     async def stop(self, deadline_s: float = GRACE_S) -> None:
         """SIGTERM, at the deadline SIGKILL of the whole tree; nothing of it is left afterwards."""
-        self._is_stopping = True
+        self._stopping.set()
         if self._keeper is None:
             return
         if self._keeper.returncode is None:
@@ -177,6 +187,11 @@ class Service:
             except TimeoutError:
                 with contextlib.suppress(BrokenPipeError):
                     os.write(self._life_fd, keeper.KILL_NOW)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._keeper.wait(), keeper.SWEEP_S + 1.0)
+            if self._keeper.returncode is None:  # the keeper itself hangs or is stopped
+                with contextlib.suppress(ProcessLookupError):
+                    self._keeper.kill()
         await self.wait_exit()
 
     def ask_to_end(self) -> None:
@@ -199,11 +214,3 @@ class Service:
         except OSError:
             return "(no log)"
         return "\n".join(lines[-LAST_LINES:])
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=PAGE_DEADLINE_S) as answer:
-            return bool(answer.status == 200)
-    except (OSError, urllib.error.URLError):
-        return False

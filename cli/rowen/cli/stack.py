@@ -12,20 +12,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import hashlib
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from rowen.cli.addresses import Addresses, remove_addresses, write_addresses
-from rowen.cli.service import Service, ServiceSpec
-from rowen.cli.stack_config import EngineShape, Stack, pick_free_port
+from rowen.cli.service import GRACE_S, Service, ServiceSpec
+from rowen.cli.stack_config import EngineShape, Stack, StackError, pick_free_port
 from rowen.daemon.leases import LeaseKeeper
 from rowen.executor.engine import GIB, EngineSpec
 from rowen.executor.lane import Lane
 from rowen.executor.supervisor import EngineError, EngineState, EngineSupervisor
 from rowen.policies.lease import EngineKind, EngineLease, Grant
+from rowen.policies.load import load_policy
 
 MODEL_NAME = "rowen"
 """Name under which every engine and the endpoint serve the model."""
@@ -45,18 +50,25 @@ class LocalStack:
         Args:
             stack: checked by ``check_stack``.
             say: takes one line of progress.
+
+        Raises:
+            StackError: the run folder cannot be written, or another stack runs in it.
         """
         self.stack = stack
         self.say = say
         self.run_dir = stack.run_dir.resolve()
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.lane_path = self.run_dir / "lane"
+        self._lock_fd = _lock(self.run_dir)
+        # In memory: production writes it at every step, and a disk may make a write wait.
+        name = hashlib.sha256(str(self.run_dir).encode()).hexdigest()[:12]
+        self.lane_path = Path("/dev/shm") / f"rowen-{name}.lane"
         self.model = stack.model_folder().resolve()
         self.scheduler_port = stack.scheduler.port or pick_free_port()
         self.admin_port = stack.admin.port or pick_free_port()
         self.redis_port = pick_free_port() if stack.redis == "embedded" else None
         self.failure: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
-        """Gets the exception of the first part that cannot go on."""
+        """Gets the exception that ends the stack: production has ended."""
+        self.part_failures: list[str] = []
+        """Parts that are not started again; production goes on without them."""
         self.serving = EngineSupervisor(
             self._engine("serving", stack.serving, stack.cores.accelerator, role="serving"),
             run_dir=self.run_dir,
@@ -118,13 +130,14 @@ class LocalStack:
             EngineError: one died while starting, with the last lines of its log.
         """
         for supervisor in self.dedicated:
-            self._watch(supervisor.keep_running(ready_deadline_s=ENGINE_DEADLINE_S), "dedicated")
+            running = self._watch(
+                supervisor.keep_running(ready_deadline_s=ENGINE_DEADLINE_S), "dedicated"
+            )
             self._watch(self._lease_dedicated(supervisor), "lease")
-        for supervisor in self.dedicated:
-            while supervisor.state is not EngineState.READY and not self.failure.done():
-                await asyncio.wait([self.failure], timeout=0.2)
-        self.raise_failure()
-        for supervisor in self.dedicated:
+            while supervisor.state is not EngineState.READY and not running.done():
+                await asyncio.wait([running], timeout=0.2)
+            if running.done():
+                await running
             self.say(f"{supervisor.spec.name} engine ready on {supervisor.url}")
 
     async def start_daemon(self) -> None:
@@ -151,7 +164,7 @@ class LocalStack:
         )
 
     def raise_failure(self) -> None:
-        """Raise what ended a part for good, if anything did."""
+        """Raise what ended the stack, if anything did."""
         if self.failure.done():
             raise self.failure.result()
 
@@ -161,26 +174,47 @@ class LocalStack:
         for task in self._tasks:
             if task.get_name() in ("serving", "lease"):
                 task.cancel()
-        await asyncio.gather(
-            self.daemon.stop(),
+        ended = await asyncio.gather(
+            self.daemon.stop(self._daemon_deadline_s()),
             *(supervisor.stop(deadline_s=5.0) for supervisor in self.dedicated),
+            return_exceptions=True,
         )
-        await self.scheduler.stop()
-        await self.serving.stop(deadline_s=5.0)
+        ended += await asyncio.gather(self.scheduler.stop(), return_exceptions=True)
+        ended += await asyncio.gather(self.serving.stop(deadline_s=5.0), return_exceptions=True)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for problem in ended:
+            if isinstance(problem, BaseException):
+                self.say(f"ending: {problem}")
         self.lane_path.unlink(missing_ok=True)
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
 
-    def _watch(self, work: object, name: str) -> None:
-        assert asyncio.iscoroutine(work)
+    def _daemon_deadline_s(self) -> float:
+        """The daemon ends its engine by the ladder of the policy, and needs that long at most."""
+        if not self.stack.policy.is_file():
+            return GRACE_S
+        reclaim = load_policy(self.stack.policy).spec.reclaim
+        return GRACE_S + (reclaim.terminate_after_ms + reclaim.kill_after_ms) / 1000
+
+    def _watch(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
         task.add_done_callback(self._note_failure)
         self._tasks.append(task)
+        return task
 
     def _note_failure(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) and not self.failure.done():
-            self.failure.set_result(error)
+        """Only the end of production ends the stack; without another part it serves on."""
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if task.get_name() == "serving":
+            if not self.failure.done():
+                self.failure.set_result(error)
+            return
+        self.part_failures.append(f"{task.get_name()}: {error}")
+        self.say(f"{task.get_name()} is not started again, production goes on: {error}")
 
     async def _serving_must_live(self) -> None:
         ended = await self.serving.wait_exit()
@@ -200,7 +234,7 @@ class LocalStack:
                 is_ready = supervisor.state is EngineState.READY
                 if is_ready and lease is None:
                     lease = LeaseKeeper(self.redis_url, self._dedicated_lease(supervisor))
-                    renewal = asyncio.create_task(lease.run())
+                    renewal = self._watch(lease.run(), "lease")
                 if lease is not None and is_ready and supervisor.generation != offered:
                     lease.restarted(url=supervisor.url)
                     offered = supervisor.generation
@@ -288,3 +322,35 @@ class LocalStack:
             "run_dir": str(self.run_dir),
         }
         self._node_file.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+
+
+async def together(*work: Coroutine[Any, Any, None]) -> None:
+    """Run all at once; when one fails, cancel the others, wait for them and raise its error."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _lock(run_dir: Path) -> int:
+    """Make the run folder ours; the lock goes with the process, however it ends."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise StackError(
+            f"run_dir: {run_dir} cannot be used ({error.strerror}: {error.filename}); "
+            "name a folder that can be written"
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise StackError(
+            f"run_dir: another stack runs under {run_dir}; end it, or name another folder"
+        ) from error
+    return descriptor

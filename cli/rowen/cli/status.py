@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rowen.cli.addresses import Addresses, AddressesError, read_addresses
-
-DEADLINE_S = 5.0
-"""Both faces answer in milliseconds; five seconds is a process that hangs."""
+from rowen.cli.pages import PageError, read_page
 
 
 def run_status(run_dir: Path, *, as_json: bool) -> int:
@@ -47,16 +43,9 @@ def gather(addresses: Addresses) -> dict[str, Any]:
 
 def _ask(url: str) -> dict[str, Any]:
     try:
-        with urllib.request.urlopen(url, timeout=DEADLINE_S) as answer:
-            body = answer.read()
-    except urllib.error.HTTPError as error:
-        return {"error": f"{url} answered HTTP {error.code}"}
-    except OSError as error:
-        return {"error": f"{url} does not answer ({error})"}
-    if not body:
-        return {}
-    document = json.loads(body)
-    return document if isinstance(document, dict) else {"items": document}
+        return read_page(url)
+    except PageError as error:
+        return {"error": str(error)}
 
 
 def show(report: dict[str, Any]) -> None:
@@ -73,7 +62,12 @@ def show(report: dict[str, Any]) -> None:
 
 def _harvest_table(daemon: dict[str, Any]) -> Table:
     fields = ("mode", "gate", "reason", "detail", "sequence_cap", "fast_path", "rung", "cause")
-    return _pairs_table("harvest", {field: daemon.get(field) for field in fields})
+    shown = {field: daemon.get(field) for field in fields}
+    engine = daemon.get("engine") or {}
+    shown["rollout engine"] = engine.get("phase")
+    if engine.get("problem"):
+        shown["its problem"] = engine["problem"]
+    return _pairs_table("harvest", shown)
 
 
 def _engine_table(endpoint: dict[str, Any]) -> Table:

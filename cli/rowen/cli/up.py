@@ -13,7 +13,7 @@ from typing import Any
 
 from rowen.cli.model import ModelError
 from rowen.cli.service import ServiceError
-from rowen.cli.stack import LocalStack
+from rowen.cli.stack import LocalStack, together
 from rowen.cli.stack_config import Stack, StackError, check_stack, load_stack
 from rowen.executor.lane import LaneError
 from rowen.executor.supervisor import EngineError
@@ -72,6 +72,9 @@ async def _run(stack: Stack) -> int:
     logging.getLogger().addHandler(Narration(say))
     try:
         local = LocalStack(stack, say=say)
+    except StackError as error:
+        print(f"rowen up: {error}", file=sys.stderr)
+        return 2
     except PARTS_FAIL as error:
         print(f"rowen up: {error}", file=sys.stderr)
         return 1
@@ -100,9 +103,9 @@ async def _run(stack: Stack) -> int:
 
 
 async def _start(local: LocalStack) -> None:
-    await asyncio.gather(local.start_serving(), local.start_scheduler())
+    await together(local.start_serving(), local.start_scheduler())
     local.publish_addresses()
-    await asyncio.gather(local.start_daemon(), local.start_dedicated())
+    await together(local.start_daemon(), local.start_dedicated())
     say = local.say
     say(
         f"give trainers {local.endpoint}; `rowen status --run-dir {local.stack.run_dir}` shows more"

@@ -43,6 +43,7 @@ def test_the_written_policy_is_the_shipped_one_with_other_thresholds(tmp_path: P
     alone = LatencySummary(
         requests=70,
         failed=0,
+        unfinished=0,
         ttft_p50_ms=150.0,
         ttft_p99_ms=2000.0,
         tpot_p50_ms=35.0,

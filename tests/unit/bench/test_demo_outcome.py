@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from rowen.bench.demo.outcome import busy_between, tokens_between
+import pytest
+
+from rowen.bench.demo.outcome import busy_between, tokens_between, unmet
 from rowen.bench.demo.watch import EngineSample, Sample, Watch
 
 
@@ -39,11 +42,82 @@ def test_busy_share_is_taken_between_the_first_and_last_reading() -> None:
     assert busy_between(samples, 0.0, 3.0) is None
 
 
-def test_reclaims_are_counted_once_per_drain() -> None:
+def decision(at_s: float, rung: str, cause: str, *, gate: str = "open") -> dict[str, object]:
+    return {
+        "rung": rung,
+        "cause": cause,
+        "gate": gate,
+        "reason": "steady" if gate == "open" else "probe_stale",
+        "monotonic_ms": 1000.0 * at_s,
+    }
+
+
+def watch_of(*decisions: dict[str, object]) -> Watch:
     watch = Watch("http://x", "http://y", lane_path=Path("nowhere"))
-    rungs = ["run", "gate", "drain", "gate", "run", "gate", "drain", "terminate"]
-    watch.decisions = [
-        {"rung": rung, "monotonic_ms": 1000.0 * place} for place, rung in enumerate(rungs)
-    ]
+    watch.decisions = list(decisions)
+    return watch
+
+
+def test_reclaims_are_counted_once_per_drain() -> None:
+    watch = watch_of(
+        decision(0, "run", "open"),
+        decision(1, "gate", "serving_busy"),
+        decision(2, "drain", "closed_too_long"),
+        decision(3, "drain", "serving_busy"),
+        decision(4, "run", "open"),
+        decision(5, "gate", "serving_busy"),
+        decision(6, "drain", "closed_too_long"),
+        decision(7, "terminate", "gate_ignored"),
+    )
     assert watch.reclaims_since(0.0) == 2
     assert watch.reclaims_since(3.0) == 1
+
+
+def test_a_drain_for_want_of_evidence_is_no_reclaim_by_traffic() -> None:
+    watch = watch_of(
+        decision(0, "gate", "guard_closed", gate="closed"),
+        decision(1, "drain", "closed_too_long", gate="closed"),
+    )
+    assert watch.reclaims_since(0.0) == 0
+
+
+def good_result() -> dict[str, Any]:
+    arm = {"failed": 0, "unfinished": 0}
+    return {
+        "rl": {"steps": 5, "reward_first": 0.2, "reward_last": 0.5},
+        "rollout": {"lost": 0},
+        "gate": {"reclaims": 1},
+        "serving_alone": dict(arm),
+        "serving_harvested": dict(arm),
+    }
+
+
+def test_a_run_that_shows_everything_has_nothing_unmet() -> None:
+    assert unmet(good_result(), was_engine_killed=True) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "words"),
+    [
+        ("rl", "steps", 4, "4 of 5 steps"),
+        ("rl", "reward_last", 0.2, "did not rise"),
+        ("rl", "reward_last", None, "did not rise"),
+        ("rollout", "lost", 1, "1 trajectories were lost"),
+        ("gate", "reclaims", 0, "no burst"),
+        ("serving_harvested", "unfinished", 2, "serving_harvested: 2 requests"),
+    ],
+)
+def test_what_a_run_did_not_show_is_said(
+    section: str, field: str, value: object, words: str
+) -> None:
+    result = good_result()
+    result[section][field] = value
+    (sentence,) = unmet(result, was_engine_killed=True)
+    assert words in sentence
+
+
+def test_counts_of_the_endpoint_add_up_over_its_lives() -> None:
+    watch = watch_of()
+    for finished in (5, 9, 2, 4):  # a restart after 9
+        watch._take_counts({"finished": finished, "lost": 0, "migrated": 1})
+    assert watch.trajectories == {"finished": 13, "lost": 0, "migrated": 1}

@@ -46,6 +46,7 @@ def test_an_arm_without_answers_has_no_percentiles() -> None:
     assert summarise([]).as_dict() == {
         "requests": 0,
         "failed": 0,
+        "unfinished": 0,
         "ttft_p50_ms": None,
         "ttft_p99_ms": None,
         "tpot_p50_ms": None,

@@ -107,7 +107,7 @@ def test_the_report_is_one_file_with_all_panels_and_numbers(html: str) -> None:
     assert page.loads == []
     for text in (
         "TTFT, ms", "TPOT, ms", "rollout tokens/s", "gate and rung", "weight version", "reward",
-        "SLO 400 ms", "DRAIN", "beside", "own", "× 1.02", "50%", "lost of 9 trajectories",
+        "SLO 400 ms", "drain", "beside", "own", "× 1.02", "50%", "lost of 9 trajectories",
         "1 / 270", "0.20 → 0.40", "270 MB", "3.21 ms", "0.4 s", "few requests (30)",
     ):  # fmt: skip
         assert text in page.text

@@ -1,6 +1,7 @@
 """``python -m rowen.bench.demo``: run, print one table, write result.json and report.html.
 
-Exit 0: done.  1: a part failed, and the message says which.  2: wrong use, nothing was started.
+Exit 0: done.  1: a part failed, or the run did not show all it is meant to; the message says which.
+2: wrong use, nothing was started.
 130: ended by Ctrl-C or SIGTERM.  In every case no process is left behind.
 """
 
@@ -48,9 +49,14 @@ async def _run(options: Options) -> int:
     try:
         stack = options.stack.model_copy(update={"policy": policy_path})
         local = LocalStack(stack, say=say)
+    except StackError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
     except PARTS_FAIL as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
+    for name in ("result.json", "series.json", "report.html"):
+        (options.out / name).unlink(missing_ok=True)  # those of an earlier run are not this one's
     demo = Demo(options, local, started_s=started_s)
     running = asyncio.create_task(demo.run())
     asked = asyncio.create_task(end.wait())
@@ -77,6 +83,9 @@ async def _run(options: Options) -> int:
         write_report(options.out / "report.html", result, series)
         Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(outcome.table(result))
         say(f"written: {options.out / 'result.json'}, {options.out / 'report.html'}")
+        for sentence in result["unmet"]:
+            print(f"demo: not shown by this run: {sentence}", file=sys.stderr)
+        status = 1 if result["unmet"] else 0
     return status
 
 

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rowen.bench.demo.budget import MOST_WINDOW_S
 from rowen.bench.generate import generate_trace
+from rowen.bench.service_model import ServiceModel
 from rowen.bench.trace import TraceRequest, load_trace
+from rowen.bench.window import WindowGoal, fit_window
 from rowen.cli.stack_config import Stack, StackError, check_stack
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -71,6 +74,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     else:
         trace = load_trace(given.trace, given.format)
         source = f"{given.trace.name} ({given.format})"
+    _check_scales(trace, source, given)
     stack = Stack.model_validate(
         {
             "model": given.model,
@@ -95,6 +99,19 @@ def parse(arguments: Sequence[str] | None) -> Options:
         out=given.out,
         stack=stack,
     )
+
+
+def _check_scales(trace: list[TraceRequest], source: str, given: argparse.Namespace) -> None:
+    """Refuse scales that cannot be replayed, before anything starts.
+
+    Raises:
+        WindowError: the rate given would replay too many requests.
+    """
+    goal = WindowGoal(
+        duration_s=MOST_WINDOW_S, rate_factor=given.rate, token_factor=given.tokens or 1.0
+    )
+    # The costs do not matter for what is refused; the real ones are measured later.
+    fit_window(trace, goal, ServiceModel(1.0, 30.0), source=source)
 
 
 def _positive(text: str) -> float:

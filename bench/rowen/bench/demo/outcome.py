@@ -36,15 +36,36 @@ def conclude(demo: Demo, *, took_s: float) -> tuple[dict[str, Any], Series]:
         "serving_alone": summarise(measured.alone).as_dict(),
         "serving_harvested": summarise(measured.harvested).as_dict(),
         "ratios": compare(measured.alone, measured.harvested),
-        "rollout": _rollout(measured, watch, log, demo.trajectories),
-        "weights": _weights(log, demo.versions),
+        "rollout": _rollout(measured, watch, log),
+        "weights": _weights(log, watch),
         "rl": _rl(log),
         "gate": _gate(measured, watch),
         "scale": measured.scale.as_dict(),
         "events": [asdict(event) for event in measured.events],
         "took_s": round(took_s, 1),
     }
+    result["unmet"] = unmet(result, was_engine_killed=measured.was_engine_killed)
     return result, _series(measured, watch, log)
+
+
+def unmet(result: dict[str, Any], *, was_engine_killed: bool) -> list[str]:
+    """What the demo sets out to show and this run did not; one sentence each."""
+    rl, rollout = result["rl"], result["rollout"]
+    first, last = rl["reward_first"], rl["reward_last"]
+    claims = [
+        (rl["steps"] >= training.LEAST_STEPS, f"{rl['steps']} of {training.LEAST_STEPS} steps"),
+        (rollout["lost"] == 0, f"{rollout['lost']} trajectories were lost"),
+        (was_engine_killed, "no engine was killed: none was ready in time"),
+        (result["gate"]["reclaims"] > 0, "no burst had the rollout engine reclaimed"),
+        (
+            first is not None and last is not None and last > first,
+            f"the held-out reward did not rise (from {first} to {last})",
+        ),
+    ]
+    for arm in ("serving_alone", "serving_harvested"):
+        bad = result[arm]["failed"] + result[arm]["unfinished"]
+        claims.append((bad == 0, f"{arm}: {bad} requests failed or were not finished"))
+    return [sentence for is_met, sentence in claims if not is_met]
 
 
 def write(folder: Path, result: dict[str, Any], series: Series) -> None:
@@ -55,9 +76,7 @@ def write(folder: Path, result: dict[str, Any], series: Series) -> None:
     series.write(folder / "series.json")
 
 
-def _rollout(
-    measured: Measured, watch: Watch, log: training.Log, trajectories: dict[str, Any]
-) -> dict[str, Any]:
+def _rollout(measured: Measured, watch: Watch, log: training.Log) -> dict[str, Any]:
     harvest_s = measured.harvest_to_s - measured.harvest_from_s
     free_s = measured.free_to_s - measured.free_from_s
     harvest = (measured.harvest_from_s, measured.harvest_to_s)
@@ -76,9 +95,9 @@ def _rollout(
         if free_rate and busy_ratio is not None and busy_ratio < 1
         else None,
         "tokens_dedicated": dedicated,
-        "trajectories": trajectories["finished"],
-        "lost": trajectories["lost"] + log.lost,
-        "migrated": trajectories["migrated"],
+        "trajectories": watch.trajectories["finished"],
+        "lost": watch.trajectories["lost"] + log.lost,
+        "migrated": watch.trajectories["migrated"],
     }
 
 
@@ -116,9 +135,9 @@ def busy_between(samples: Sequence[Sample], from_s: float, to_s: float) -> float
     return (last_ns - first_ns) / 1e9 / (last_s - first_s)
 
 
-def _weights(log: training.Log, versions: dict[str, Any]) -> dict[str, Any]:
+def _weights(log: training.Log, watch: Watch) -> dict[str, Any]:
     published = log.steps
-    sync_s = [one["sync_s"] for one in versions["syncs"]]
+    sync_s = training.publish_to_verified_s(log, watch.syncs.values())
     return {
         "versions": len(published),
         "full_bytes": published[0].full_bytes if published else None,
@@ -129,7 +148,8 @@ def _weights(log: training.Log, versions: dict[str, Any]) -> dict[str, Any]:
         else None,
         "encode_s_p50": percentile([one.encode_s for one in published], 50),
         "sync_s_p50": percentile(sync_s, 50),
-        "syncs": len(sync_s),
+        "engine_update_s_p50": percentile([one["sync_s"] for one in watch.syncs.values()], 50),
+        "syncs": len(watch.syncs),
     }
 
 
@@ -143,6 +163,8 @@ def _rl(log: training.Log) -> dict[str, Any]:
         "step_s_p50": percentile([one.step_s for one in log.steps], 50),
         "right_ratio_first": log.right_ratio_first,
         "right_ratio_last": log.right_ratio_last,
+        "samples_first": log.samples_first,
+        "samples_last": log.samples_last,
         "dropped_as_stale_groups": log.stale_groups,
     }
 
@@ -252,7 +274,7 @@ def table(result: dict[str, Any]) -> Table:
         ("trajectories moved to another engine", rollout["migrated"]),
         ("trajectories lost", rollout["lost"]),
         ("gate closings", gate["closings"]),
-        ("gate close to idle, P99 ms", gate["close_to_idle_ms_p99"]),
+        ("gate close to idle, P99 ms of compute", gate["close_to_idle_ms_p99"]),
         ("reclaims by serving bursts", gate["reclaims"]),
         ("weight versions", weights["versions"]),
         ("full copy / delta, bytes", _ratio(weights["full_bytes"], weights["delta_bytes"])),

@@ -20,7 +20,6 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rowen.bench.calibrate import calibrate
 from rowen.bench.demo import training
@@ -35,7 +34,7 @@ from rowen.bench.requests_file import write_requests
 from rowen.bench.scale import Scale
 from rowen.bench.window import ReplayRequest, WindowGoal, fit_window
 from rowen.cli.service import Service, ServiceSpec
-from rowen.cli.stack import MODEL_NAME, LocalStack
+from rowen.cli.stack import MODEL_NAME, LocalStack, together
 from rowen.executor.supervisor import EngineState
 from rowen.policies.schema import HarvestPolicy
 
@@ -85,6 +84,7 @@ class Measured:
     harvest_to_s: float = 0.0
     events: list[Event] = field(default_factory=list)
     was_drill_needed: bool = False
+    was_engine_killed: bool = False
     training_log: Path = Path()
 
 
@@ -99,10 +99,6 @@ class Demo:
         self.watch = Watch(local.endpoint, local.admin, local.lane_path)
         self.measured = Measured(training_log=local.run_dir / "training.jsonl")
         self.trainer = Service(training.service(options, local, self.measured.training_log))
-        self.trajectories: dict[str, Any] = {}
-        """The endpoint's counts, taken at the end."""
-        self.versions: dict[str, Any] = {}
-        """What became of each weight version on each engine, taken at the end."""
         self._watching: asyncio.Task[None] | None = None
         self._client: Service | None = None
 
@@ -134,9 +130,7 @@ class Demo:
         local = self.local
         self.say("starting the serving engine, the dedicated rollout engine and the endpoint")
         began_s = time.monotonic()
-        await asyncio.gather(
-            local.start_serving(), local.start_scheduler(), local.start_dedicated()
-        )
+        await together(local.start_serving(), local.start_scheduler(), local.start_dedicated())
         self._watching = asyncio.create_task(self.watch.run(), name="watch")
         return time.monotonic() - began_s
 
@@ -246,15 +240,15 @@ class Demo:
         )
 
     async def _kill_dedicated(self, after_s: float) -> None:
-        await asyncio.sleep(after_s)
+        await self._pause(after_s)
         supervisor = self.local.dedicated[0]
-        if supervisor.state is not EngineState.READY:
-            self._note("dedicated engine not killed: it was not ready")
-            return
+        while supervisor.state is not EngineState.READY:
+            await self._pause(0.5)
         pids = supervisor.pids
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        self.measured.was_engine_killed = True
         self._note(f"dedicated engine killed with SIGKILL (processes {pids})")
 
     async def _drill(self) -> None:
@@ -287,21 +281,11 @@ class Demo:
         try:
             await asyncio.wait_for(self.trainer.wait_exit(), training.END_DEADLINE_S)
         except TimeoutError:
-            raise DemoError(
-                f"the trainer did not end within {training.END_DEADLINE_S:.0f} s; "
-                f"the end of its log {self.trainer.spec.log}:\n{self.trainer.tail()}"
-            ) from None
+            self._note(f"trainer did not end within {training.END_DEADLINE_S:.0f} s")
+            return
         if self.trainer.returncode != 0:
             raise DemoError(self._trainer_ended())
         await self.watch.look()
-        self.trajectories = await self._last_page("/rowen/v1/trajectories")
-        self.versions = await self._last_page("/rowen/v1/versions")
-
-    async def _last_page(self, path: str) -> dict[str, Any]:
-        document = await asyncio.to_thread(page, self.local.endpoint + path)
-        if document is None:
-            raise DemoError(f"the endpoint does not answer on {path}; see scheduler.log")
-        return document
 
     async def _replay(
         self, requests: Path, arm: str, *, passes: int, length_s: float

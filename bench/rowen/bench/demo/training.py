@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,12 @@ class Step:
     """One update of the policy; ``monotonic_s`` is its end."""
 
     step: int
+    version: int
     monotonic_s: float
     reward: float
     step_s: float
+    publish_s: float
+    """From the beginning of publishing to the end of the step."""
     full_bytes: int
     delta_bytes: int
     changed: int
@@ -49,6 +52,9 @@ class Log:
     """The same problems with the last version."""
     right_ratio_first: float | None = None
     right_ratio_last: float | None = None
+    samples_first: int = 0
+    samples_last: int = 0
+    """Held-out answers that came in time; the others are missing from the means."""
     trajectories: int = 0
     lost: int = 0
     stale_groups: int = 0
@@ -59,7 +65,7 @@ def service(options: Options, local: LocalStack, log: Path) -> ServiceSpec:
     argv = [sys.executable, "-m", "examples.grpo_arithmetic.train", "--endpoint", local.endpoint]
     argv += ["--model", str(local.model), "--out", str(log), "--seed", str(options.seed)]
     argv += ["--steps", "1000000"]  # until the demo asks it to finish
-    argv += ["--evaluation-deadline-s", "45"]  # within END_DEADLINE_S
+    argv += ["--evaluation-deadline-s", "40"]  # within END_DEADLINE_S
     return ServiceSpec(
         name="trainer",
         argv=argv,
@@ -85,9 +91,11 @@ def read(path: Path) -> Log:
             case "evaluation" if log.reward_first is None:
                 log.reward_first = document["reward_mean"]
                 log.right_ratio_first = document["right_ratio"]
+                log.samples_first = document["samples"]
             case "evaluation":
                 log.reward_last = document["reward_mean"]
                 log.right_ratio_last = document["right_ratio"]
+                log.samples_last = document["samples"]
             case "summary":
                 log.trajectories = document["trajectories"]
                 log.lost = document["lost"]
@@ -95,12 +103,29 @@ def read(path: Path) -> Log:
     return log
 
 
+def publish_to_verified_s(log: Log, syncs: Iterable[Mapping[str, Any]]) -> list[float]:
+    """For each version and each engine that was in service: from publishing to verified weights.
+
+    An engine that catches up after a start is left out: the version was there before it.
+    """
+    published_s = {one.version: one.monotonic_s - one.publish_s for one in log.steps}
+    return [
+        sync["finished_monotonic_s"] - published_s[sync["version"]]
+        for sync in syncs
+        if sync["version"] in published_s
+        and sync["from_version"] is not None
+        and (sync["from_version"] > 0 or sync["version"] == 1)
+    ]
+
+
 def _step(document: Mapping[str, Any]) -> Step:
     return Step(
         step=document["step"],
+        version=document["version"],
         monotonic_s=document["monotonic_s"],
         reward=document["reward_mean"],
         step_s=document["step_s"],
+        publish_s=document["publish_s"],
         full_bytes=document["full_bytes"],
         delta_bytes=document["delta_bytes"],
         changed=document["changed"],

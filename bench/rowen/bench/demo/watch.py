@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import time
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rowen.cli.pages import PageError, read_page
 from rowen.executor.lane import CLOSE_SAMPLES, Lane, LaneError
+from rowen.policies.guard import Gate, Reason
+from rowen.policies.reclaim import SEVERITY, Cause, Rung
 
 PERIOD_S = 1.0
-PAGE_DEADLINE_S = 5.0
+
+BREACHES = (Reason.TTFT_BREACHED, Reason.TPOT_BREACHED)
+"""Reasons for which the guard closes because of traffic; without them an open guard means that the
+fast path held the engine, which only traffic does."""
+
+COUNTS = ("finished", "lost", "migrated")
+"""Counts of trajectories that are added up over all lives of the endpoint."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,10 @@ class Watch:
     """Compute time of the rollout engine from each closing to its stop."""
     close_to_idle_wall_ms: list[float] = field(default_factory=list)
     closings: int = 0
+    trajectories: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
+    syncs: dict[tuple[str, int, float], dict[str, Any]] = field(default_factory=dict)
+    """Every weight update of every engine that ended well."""
+    _counts_seen: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     _next_decision: int = 0
     _close_samples: int = 0
     _gate_writer: int = 0
@@ -66,11 +76,16 @@ class Watch:
 
     async def look(self) -> Sample:
         """Take one sample now."""
-        engines, decisions = await asyncio.gather(
+        engines, decisions, trajectories, versions = await asyncio.gather(
             asyncio.to_thread(page, f"{self.endpoint}/rowen/v1/engines"),
             asyncio.to_thread(page, f"{self.admin}/history?since={self._next_decision}"),
+            asyncio.to_thread(page, f"{self.endpoint}/rowen/v1/trajectories"),
+            asyncio.to_thread(page, f"{self.endpoint}/rowen/v1/versions"),
         )
         self._take_decisions(decisions)
+        self._take_counts(trajectories)
+        for sync in (versions or {}).get("syncs", ()):
+            self.syncs[sync["engine_id"], sync["version"], sync["finished_monotonic_s"]] = sync
         busy_ns, closings = self._read_lane()
         sample = Sample(
             monotonic_s=time.monotonic(),
@@ -90,6 +105,15 @@ class Watch:
             return
         self.decisions += entries
         self._next_decision = answer["next"]
+
+    def _take_counts(self, answer: Mapping[str, Any] | None) -> None:
+        if answer is None:
+            return
+        for name in COUNTS:
+            # A new life of the endpoint counts anew.
+            grown = answer[name] - self._counts_seen[name]
+            self.trajectories[name] += grown if grown >= 0 else answer[name]
+            self._counts_seen[name] = answer[name]
 
     def _read_lane(self) -> tuple[int | None, int | None]:
         try:
@@ -117,35 +141,23 @@ class Watch:
         return busy_ns, gate.closings_total
 
     def reclaims_since(self, monotonic_s: float) -> int:
-        """How often the daemon took the engine back (rung drain or beyond) since then."""
+        """How often since then serving traffic had the engine's trajectories moved away."""
         rungs = [one["rung"] for one in self.decisions]
         return sum(
-            before == "gate" and after == "drain" and one["monotonic_ms"] / 1000 >= monotonic_s
-            for before, after, one in zip(rungs, rungs[1:], self.decisions[1:], strict=False)
+            SEVERITY[Rung(before)] < SEVERITY[Rung.DRAIN] <= SEVERITY[Rung(one["rung"])]
+            and one["cause"] == Cause.CLOSED_TOO_LONG
+            and (one["gate"] == Gate.OPEN or one["reason"] in BREACHES)
+            and one["monotonic_ms"] / 1000 >= monotonic_s
+            for before, one in zip(rungs, self.decisions[1:], strict=False)
         )
 
 
 def page(url: str) -> dict[str, Any] | None:
     """A JSON page; None when it does not answer (its process may be restarting)."""
-    with contextlib.suppress(OSError, ValueError):
-        with urllib.request.urlopen(url, timeout=PAGE_DEADLINE_S) as answer:
-            document = json.load(answer)
-        return document if isinstance(document, dict) else None
-    return None
-
-
-def post(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """POST a JSON document and return the answer's.
-
-    Raises:
-        OSError: it does not answer, or refuses.
-    """
-    request = urllib.request.Request(
-        url, json.dumps(body).encode(), {"content-type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=PAGE_DEADLINE_S) as answer:
-        document: dict[str, Any] = json.load(answer)
-        return document
+    try:
+        return read_page(url)
+    except PageError:
+        return None
 
 
 def _engine(document: Mapping[str, Any]) -> EngineSample:
