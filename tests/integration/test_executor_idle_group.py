@@ -95,6 +95,22 @@ def test_a_group_that_cannot_be_made_is_none_and_leaves_nothing() -> None:
     assert idle_group.make("no/such/parent") is None
 
 
+def test_the_empty_group_of_a_dead_keeper_is_removed() -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    stale = idle_group.make(f"{idle_group.PREFIX}{dead.pid}")
+    if stale is None:
+        pytest.skip("no CPU cgroup can be made here: cgroup isolation is NOT tested")
+    own = idle_group.make(f"{idle_group.PREFIX}{os.getpid()}")
+    other = idle_group.make(f"rowen-test-other-{os.getpid()}")
+    assert own is not None
+    assert other is not None
+    left = (stale.exists(), own.exists())
+    assert idle_group.remove(own)
+    assert idle_group.remove(other)
+    assert left == (False, True)
+
+
 def test_removing_a_group_twice_is_fine() -> None:
     group = idle_group.make(f"rowen-test-twice-{os.getpid()}")
     if group is None:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from rowen.executor.engine import EngineSpec
-from rowen.executor.identity import identify
+from rowen.executor.identity import ProcessIdentity, Record, identify, write_record
 from rowen.executor.isolation import command_line, threads_of
 from rowen.executor.restart import RestartPolicy
 from rowen.executor.supervisor import (
@@ -87,6 +87,7 @@ def supervise(folder: Path, traits: str = "plain", **fields: Any) -> EngineSuper
     (folder / "config.json").write_text("{}")
     (folder / "engine.py").write_text(ENGINE)
     restart, on_change = fields.pop("restart", None), fields.pop("on_change", None)
+    isolation = fields.pop("isolation", None)
     spec = EngineSpec.model_validate(
         {"name": "double", "role": "rollout", "model": folder, "idle_class": True, **fields}
     )
@@ -95,6 +96,7 @@ def supervise(folder: Path, traits: str = "plain", **fields: Any) -> EngineSuper
         run_dir=folder / "run",
         restart=restart,
         on_change=on_change,
+        isolation=isolation,
         argv=lambda port: [sys.executable, str(folder / "engine.py"), str(port), traits],
     )
 
@@ -191,7 +193,7 @@ def test_an_engine_that_is_never_ready_is_stopped_at_the_deadline(tmp_path: Path
         supervisor = supervise(tmp_path, "never-ready")
         await supervisor.start()
         until(lambda: "loading" in supervisor.log.read_text())
-        with pytest.raises(EngineStartError, match=r"was not ready within 1 s.*\n.*loading"):
+        with pytest.raises(EngineStartError, match=r"was not ready within 1 s.*\n(.*\n)*.*loading"):
             await supervisor.wait_ready(1)
         assert_nothing_is_left(supervisor, [])
 
@@ -318,12 +320,81 @@ def test_a_new_owner_ends_what_outlived_owner_and_keeper(tmp_path: Path) -> None
     run(case())
 
 
+def test_leftovers_end_also_when_no_engine_is_started(tmp_path: Path) -> None:
+    owner, (keeper, front, core) = start_owner(tmp_path)
+    os.kill(keeper, signal.SIGSTOP)
+    owner.kill()
+    reap(owner)
+    assert lives(core)
+
+    async def case() -> None:
+        supervisor = supervise(tmp_path)
+        await supervisor.end_leftovers()
+        assert not any(lives(pid) for pid in (keeper, front, core))
+        assert not list(supervisor.log.parent.glob("*.json"))
+        assert supervisor.state is EngineState.STOPPED
+        await supervisor.end_leftovers()
+
+    run(case())
+    assert remove_shared_memory() == 1
+
+
+def test_an_engine_of_another_living_owner_is_left_alone(tmp_path: Path) -> None:
+    owner, pids = start_owner(tmp_path)
+
+    async def case() -> None:
+        supervisor = supervise(tmp_path)
+        for attempt in (supervisor.end_leftovers, supervisor.start):
+            with pytest.raises(
+                EngineStartError, match=rf"another owner \(process {owner.pid}\) runs engine double"
+            ):
+                await attempt()
+
+    try:
+        run(case())
+        assert all(lives(pid) for pid in pids)
+    finally:
+        owner.kill()
+        reap(owner)
+    until(lambda: not any(lives(pid) for pid in pids))
+
+
+def test_an_engine_that_cannot_be_recorded_does_not_run(tmp_path: Path) -> None:
+    (tmp_path / "run" / f".double.processes.json.{os.getpid()}").mkdir(parents=True)
+
+    async def case() -> None:
+        supervisor = supervise(tmp_path)
+        with pytest.raises(EngineStartError, match="cannot be placed or recorded"):
+            await supervisor.start()
+        assert supervisor.state is EngineState.EXITED
+        assert_nothing_is_left(supervisor, [])
+
+    run(case())
+
+
+class RefusedIsolation:
+    def place(self, pid: int) -> int:
+        raise PermissionError(f"process {pid} must stay where it is")
+
+
+def test_an_engine_that_cannot_be_placed_does_not_run(tmp_path: Path) -> None:
+    async def case() -> None:
+        supervisor = supervise(tmp_path, isolation=RefusedIsolation())
+        await supervisor.start()
+        with pytest.raises(EngineStartError, match="must stay where it is"):
+            await supervisor.wait_ready(DEADLINE_S)
+        assert_nothing_is_left(supervisor, [])
+
+    run(case())
+
+
 def test_a_record_of_another_process_with_the_same_id_harms_nobody(tmp_path: Path) -> None:
     bystander = subprocess.Popen(["sleep", "600"])
     (tmp_path / "run").mkdir()
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    record = f'[{{"pid": {bystander.pid}, "started_ticks": 1, "boot_id": "{boot}"}}]'
-    (tmp_path / "run" / "double.processes.json").write_text(record)
+    stranger = ProcessIdentity(bystander.pid, 1, boot)
+    record = tmp_path / "run" / "double.processes.json"
+    write_record(record, Record(owner=stranger, keeper=stranger, members=(stranger,)))
 
     async def case() -> None:
         supervisor = supervise(tmp_path)

@@ -1,7 +1,8 @@
 """The daemon's HTTP server, on loopback: status, metrics, history, and the operator's mode.
 
 A POST must be JSON.  A browser cannot send that to another origin without asking first, and this
-server never says yes, so no web page can reach the switch.
+server never says yes; and a name that someone made point here (DNS rebinding) is refused by the
+Host header.  So no web page can reach the switch.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import logging
 import math
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rowen.daemon.journal import Journal
@@ -25,6 +28,10 @@ log = logging.getLogger(__name__)
 
 MAX_HISTORY_ENTRIES = 10_000
 """Entries in one answer, about 3 MB; ask again with ``since`` set to ``next``."""
+
+
+LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
+"""What a Host header may name."""
 
 
 class ModeRequest(BaseModel):
@@ -52,7 +59,7 @@ class AdminServer:
         self._journal = journal
         self._operator = operator
         self._mode_in_force = mode_in_force
-        app = web.Application(client_max_size=65536)
+        app = web.Application(client_max_size=65536, middlewares=[_refuse_foreign_names])
         app.router.add_get("/status", self._get_status)
         app.router.add_get("/metrics", self._get_metrics)
         app.router.add_get("/history", self._get_history)
@@ -115,6 +122,22 @@ class AdminServer:
             return _json({"error": text, "in_force": self._mode_in_force().value}, status=500)
         log.info("operator_mode=%s in_force=%s", wanted, self._mode_in_force())
         return _json({"operator": wanted.value, "in_force": self._mode_in_force().value})
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a Host header, with or without a port, names this machine's loopback."""
+    try:
+        return urlsplit(f"//{host}").hostname in LOOPBACK_NAMES
+    except ValueError:
+        return False
+
+
+@web.middleware
+async def _refuse_foreign_names(request: web.Request, handler: Handler) -> web.StreamResponse:
+    host = request.headers.get("Host", "")
+    if not is_loopback(host):
+        return _json({"error": f"the Host header is {host!r}, use 127.0.0.1"}, status=403)
+    return await handler(request)
 
 
 def _json(document: dict[str, Any], *, status: int = 200) -> web.Response:

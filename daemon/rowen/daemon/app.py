@@ -23,6 +23,7 @@ from rowen.daemon.scrape import Scraper
 from rowen.daemon.status import StatusPage
 from rowen.daemon.telemetry import Telemetry
 from rowen.executor.lane import LaneError
+from rowen.executor.supervisor import EngineStartError
 from rowen.policies.lease import EngineKind, EngineLease, Grant
 from rowen.policies.reclaim import EnginePhase
 from rowen.policies.schema import HarvestPolicy
@@ -36,7 +37,7 @@ async def run_daemon(config: NodeConfig, policy: HarvestPolicy, stop: asyncio.Ev
     """Run until ``stop`` is set, then drain, end the engine and return.
 
     Raises:
-        ConfigError: the lane or the admin port cannot be had.  Nothing was started.
+        ConfigError: the lane, the run folder or the admin port cannot be had.  Nothing was started.
     """
     try:
         link = LaneLink(config.lane)
@@ -52,6 +53,10 @@ async def _run_on_lane(
     config: NodeConfig, policy: HarvestPolicy, stop: asyncio.Event, link: LaneLink
 ) -> None:
     engine = RolloutEngine(gated_spec(config, policy), config.run_dir)
+    try:
+        await engine.end_leftovers()  # now: with the kill switch on, no start would do it
+    except EngineStartError as error:
+        raise ConfigError(str(error)) from None
     scraper = Scraper(config.serving.scrape_url, policy.spec.objectives)
     keeper = _make_keeper(config)
     actor = Actor(link, engine, keeper, policy)

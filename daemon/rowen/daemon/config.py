@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from redis.asyncio import ConnectionPool
+from redis.exceptions import RedisError
 
 from rowen.executor.engine import EngineSpec
 from rowen.policies.document import DocumentError, Problem, read_document
@@ -59,7 +61,8 @@ class NodeConfig(Strict):
     serving: Serving
     """The production engine that is watched."""
     rollout: EngineSpec
-    """The rollout engine; role ``rollout``, and its lane is the one above."""
+    """The rollout engine; role ``rollout``, and its lane is the one above.  ``idle_class`` is true
+    unless this file says false."""
     redis_url: Annotated[str, Field(pattern=r"^(rediss?|unix)://\S+$")] | None = None
     """Where leases are kept; without it no scheduler learns of the engine."""
     admin: Admin = Admin()
@@ -69,6 +72,28 @@ class NodeConfig(Strict):
     path counts from ``run_dir``."""
     run_dir: Path
     """Folder for logs and for the record of running engines; made when missing."""
+
+    @field_validator("rollout")
+    @classmethod
+    def _rollouts_stand_last(cls, rollout: EngineSpec) -> EngineSpec:
+        """In the normal class they would share serving's core with it."""
+        if "idle_class" in rollout.model_fields_set:
+            return rollout
+        return rollout.model_copy(update={"idle_class": True})
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_url_can_be_used(cls, redis_url: str | None) -> str | None:
+        if redis_url is not None:
+            try:
+                # Makes the client, connects to nothing yet.
+                ConnectionPool.from_url(redis_url).make_connection()  # type: ignore[no-untyped-call]
+            except (ValueError, TypeError, RedisError) as error:
+                raise ValueError(
+                    f"no Redis client can be made from this ({error}); write it as "
+                    "redis://HOST:PORT/NUMBER"
+                ) from None
+        return redis_url
 
     @model_validator(mode="after")
     def _rollout_engine_is_gated_here(self) -> Self:

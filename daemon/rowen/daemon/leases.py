@@ -121,7 +121,7 @@ class LeaseKeeper:
             try:
                 async with asyncio.timeout(REDIS_DEADLINE_S):
                     await self._remove(client, is_leaving=True)
-            except (RedisError, OSError, TimeoutError) as error:
+            except (RedisError, OSError, TimeoutError, ValueError) as error:
                 log.warning("lease=%s removed=false problem=%r", self._lease.engine_id, error)
             await client.aclose()
 
@@ -129,7 +129,8 @@ class LeaseKeeper:
         try:
             async with asyncio.timeout(REDIS_DEADLINE_S):
                 await self._publish(client)
-        except (RedisError, OSError, TimeoutError) as error:
+        except (RedisError, OSError, TimeoutError, ValueError) as error:
+            # ValueError: somebody else's text stands where the epoch should.
             self._is_published = False
             self._note(f"{type(error).__name__}: {error}".rstrip(": "))
             # An immediate change must not turn into a busy loop against a Redis that is down.

@@ -72,6 +72,10 @@ class RolloutEngine:
         when = "after it was ready" if last_exit.was_ready else "while starting"
         return f"the engine ended {when} (status {last_exit.returncode}); see last_exit"
 
+    async def end_leftovers(self) -> None:
+        """End what an earlier daemon left of the engine; raises as the supervisor's."""
+        await self._supervisor.end_leftovers()
+
     def want(self) -> None:
         """Keep it running; starts it when it is absent and no pause after failures is on."""
         if self._running is not None or self._stopping is not None:
@@ -85,11 +89,17 @@ class RolloutEngine:
             await self._supervisor.keep_running(ready_deadline_s=READY_DEADLINE_S)
             self._error = None
         except EngineError as error:
-            self._error = str(error)
-            self._retry_at_s = time.monotonic() + RETRY_AFTER_S
-            log.error("engine=failed retry_in_s=%.0f problem=%s", RETRY_AFTER_S, error)
+            self._pause(str(error))
+        except Exception as error:  # a bug of ours must not start engines at the loop's pace
+            log.exception("engine=failed unexpectedly")
+            self._pause(f"{type(error).__name__}: {error}")
         finally:
             self._running = None
+
+    def _pause(self, problem: str) -> None:
+        self._error = problem
+        self._retry_at_s = time.monotonic() + RETRY_AFTER_S
+        log.error("engine=failed retry_in_s=%.0f problem=%s", RETRY_AFTER_S, problem)
 
     def terminate(self, deadline_s: float) -> None:
         """Ask it to end: SIGTERM, and SIGKILL at the deadline."""

@@ -18,7 +18,7 @@ class EngineState(StrEnum):
 
 
 class EngineError(Exception):
-    """Base of all below.  Nothing of the engine runs when one is raised."""
+    """Base of all below.  Nothing that this owner started runs when one is raised."""
 
 
 class EngineStartError(EngineError):

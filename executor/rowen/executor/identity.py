@@ -42,19 +42,48 @@ def identify(pid: int) -> ProcessIdentity | None:
     return None if ticks is None else ProcessIdentity(pid, ticks, boot_id())
 
 
-def write_record(path: Path, members: Iterable[ProcessIdentity]) -> None:
-    """Replace the record, whole or not at all."""
+@dataclass(frozen=True)
+class Record:
+    """One engine's processes and whose they are."""
+
+    owner: ProcessIdentity
+    """The process whose supervisor started the engine."""
+    keeper: ProcessIdentity
+    members: tuple[ProcessIdentity, ...]
+    """All processes, the keeper included."""
+
+    def is_owned_by_another(self) -> bool:
+        """Whether keeper and owner both live, and the owner is not this process."""
+        return self.owner.pid != os.getpid() and self.owner.is_alive() and self.keeper.is_alive()
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Replace the record, whole or not at all.
+
+    Raises:
+        OSError: the record is as it was, and no other file is left.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps([asdict(member) for member in members]))
-    os.replace(temporary, path)
-
-
-def read_record(path: Path) -> list[ProcessIdentity]:
-    """The recorded processes; empty without a record or with one that cannot be understood."""
     try:
-        return [ProcessIdentity(**member) for member in json.loads(path.read_text())]
-    except (OSError, ValueError, TypeError):
-        return []
+        temporary.write_text(json.dumps(asdict(record)))
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_record(path: Path) -> Record | None:
+    """The record; None without one or with one that cannot be understood."""
+    try:
+        found = json.loads(path.read_text())
+        return Record(
+            owner=ProcessIdentity(**found["owner"]),
+            keeper=ProcessIdentity(**found["keeper"]),
+            members=tuple(ProcessIdentity(**member) for member in found["members"]),
+        )
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def end_processes(members: Iterable[ProcessIdentity], *, deadline_s: float) -> list[int]:

@@ -25,6 +25,9 @@ AUTOGROUP = Path("/proc/self/autogroup")
 AUTOGROUP_SWITCH = Path("/proc/sys/kernel/sched_autogroup_enabled")
 LOWEST_NICE = "19"
 
+PREFIX = "rowen-idle-"
+"""A keeper's group is called this plus its process id."""
+
 
 def cpu_cgroup() -> Path | None:
     """The folder of our own CPU cgroup; None where no CPU controller is mounted."""
@@ -41,11 +44,12 @@ def cpu_cgroup() -> Path | None:
 def make(name: str) -> Path | None:
     """Make a group that only gets what all others leave; None where that is not permitted.
 
-    Nothing is left behind on failure.
+    Nothing is left behind on failure.  Groups of keepers that were killed go first.
     """
     parent = cpu_cgroup()
     if parent is None:
         return None
+    _remove_stale(parent)
     group = parent / name
     try:
         if (parent / "cgroup.subtree_control").exists():
@@ -67,6 +71,15 @@ def remove(group: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def _remove_stale(parent: Path) -> None:
+    """Remove the empty groups of dead keepers: one ended by SIGKILL cannot remove its own."""
+    with contextlib.suppress(OSError):
+        for group in list(parent.glob(f"{PREFIX}*")):
+            pid = group.name.removeprefix(PREFIX)
+            if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+                remove(group)  # refused by the kernel while a process is in it
 
 
 def leave(group: Path, pids: Iterable[int]) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 if not __package__:  # run as a script, isolated from all packages: make the neighbour findable
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from rowen.executor import idle_group  # noqa: E402 - only after the path is set
+from rowen.executor import idle_group  # only after the path is set
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -119,7 +119,7 @@ class Keeper:
         """Start the engine's first process, placed before it runs its first instruction."""
         keeper = os.getpid()
         if is_idle:
-            self.group = idle_group.make(f"rowen-idle-{keeper}")
+            self.group = idle_group.make(f"{idle_group.PREFIX}{keeper}")
         self.child = os.fork()
         if self.child:
             return
@@ -170,9 +170,7 @@ class Keeper:
 
     def _ask_to_end(self) -> None:
         self.kill_at_s = time.monotonic() + self.grace_s
-        engine = descendants()
-        self.shared_memory |= shared_memory_of(engine)
-        _unbind(engine)
+        self.shared_memory |= shared_memory_of(descendants())
         _signal(self.child, signal.SIGTERM)
 
     def _reap(self) -> int | None:
@@ -191,12 +189,12 @@ class Keeper:
         began_s = time.monotonic()
         while (left := descendants()) and (now_s := time.monotonic()) < began_s + SWEEP_S:
             self.shared_memory |= shared_memory_of(left)
-            _unbind(left)
             if self.group is not None:
                 idle_group.leave(self.group, left)
             for pid in left:
                 if not (is_tracker(pid) and now_s < began_s + TRACKER_S):
                     _signal(pid, signal.SIGKILL)
+                    _unbind(pid)
             self._reap()
             time.sleep(0.01)
         remove_shared_memory(self.shared_memory)
@@ -211,18 +209,22 @@ def _signal(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def _unbind(pids: list[int]) -> None:
-    """Let processes that must end use every core and, where permitted, the normal class.
+def _unbind(pid: int) -> None:
+    """Let a process that was sent SIGKILL use every core and, where permitted, the normal class.
 
     Tearing down gigabytes takes processor time, of which an idle-class process on a core that
-    serving fills gets almost none.
+    serving fills gets almost none.  Only for a process that runs no code of its own any more: one
+    that was merely asked to end would compute beside serving.
     """
     every_core = range(os.cpu_count() or 1)
-    for pid in pids:
+    threads: list[str] = []
+    with contextlib.suppress(OSError):
+        threads = os.listdir(f"/proc/{pid}/task")
+    for thread in threads:  # each by itself: threads end while we look
         with contextlib.suppress(OSError):
-            for thread in os.listdir(f"/proc/{pid}/task"):
-                os.sched_setaffinity(int(thread), every_core)
-                os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
+            os.sched_setaffinity(int(thread), every_core)
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
 
 
 def main(arguments: list[str]) -> None:

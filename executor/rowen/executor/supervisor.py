@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import aiohttp
 
@@ -129,7 +130,7 @@ class EngineSupervisor:
 
     @property
     def keeper_pid(self) -> int | None:
-        """The keeper's process id, which is the session id of all; None while nothing runs."""
+        """The keeper's process id; None while nothing runs."""
         return self._keeper.pid if self._keeper is not None and self._is_running() else None
 
     @property
@@ -137,11 +138,23 @@ class EngineSupervisor:
         """The API server's process id; None while nothing runs."""
         return next(iter(self.pids), None)
 
+    async def end_leftovers(self) -> None:
+        """End what an earlier owner left of this engine, also when none is to be started.
+
+        Raises:
+            EngineStartError: another living owner runs it here (nothing was ended), or it does
+                not end.
+        """
+        async with self._turn:
+            if not self._is_running():
+                await self._end_orphan()
+
     async def start(self) -> None:
         """End an orphan of an earlier owner, choose the port, start the engine.
 
         Raises:
-            EngineStartError: wrong model or cores, or the port is taken.
+            EngineStartError: wrong model or cores, the port is taken, another living owner runs
+                this engine here, or it cannot be spawned or recorded.  Nothing of it runs.
         """
         self._asked.clear()
         await self._start()
@@ -153,24 +166,48 @@ class EngineSupervisor:
     async def _start_in_turn(self) -> None:
         assert not self._is_running(), "started twice"
         self._check()
-        self._run_dir.mkdir(parents=True, exist_ok=True)
         await self._end_orphan()
         self._port = self.spec.port or free_port(self.spec.host)
         check_port(self.spec)
         self._was_ready = self._was_asked = False
         self._started_s = time.monotonic()
-        await self._spawn()
+        try:
+            await self._spawn()
+        except OSError as error:
+            raise EngineStartError(f"engine {self.spec.name} cannot be spawned: {error}") from error
+        self._ended = asyncio.create_task(self._await_end(), name=f"engine-{self.spec.name}")
         self.generation += 1
         self._change(EngineState.STARTING)
-        self._ended = asyncio.create_task(self._await_end(), name=f"engine-{self.spec.name}")
+        try:
+            self._remember()
+        except Exception as error:
+            await self._give_up_start(error)
 
     async def wait_ready(self, deadline_s: float = 180.0) -> None:
         """Wait until /health answers 200; meanwhile place each new thread.
 
         Raises:
-            EngineStartError: it ended first, or was not ready within ``deadline_s`` (it is then
-                stopped); the message holds the last lines of its log.
+            EngineStartError: it ended first, was not ready within ``deadline_s``, or cannot be
+                placed or recorded (it is then stopped); the message holds the last lines of its
+                log.
         """
+        assert self._ended is not None, "not started"
+        try:
+            await self._wait_ready(deadline_s)
+        except EngineError:
+            raise
+        except Exception as error:
+            await self._give_up_start(error)
+
+    async def _give_up_start(self, error: Exception) -> NoReturn:
+        """End a start that met a problem of ours: nothing may run without record or placement."""
+        await self._end(deadline_s=1.0)
+        raise EngineStartError(
+            f"engine {self.spec.name} was ended: it cannot be placed or recorded in "
+            f"{self._run_dir} ({type(error).__name__}: {error})"
+        ) from error
+
+    async def _wait_ready(self, deadline_s: float) -> None:
         assert self._ended is not None, "not started"
         until_s = time.monotonic() + deadline_s
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
@@ -204,7 +241,7 @@ class EngineSupervisor:
         """Start, wait for the end, start again with back-off; returns after ``stop``.
 
         Raises:
-            EngineStartError: wrong model or cores, or the port is taken.
+            EngineStartError: as ``start``.
             EngineCrashLoopError: it crashed too often; nothing runs.
         """
         crashes_s: list[float] = []
@@ -277,14 +314,16 @@ class EngineSupervisor:
             raise EngineStartError(str(error)) from None
 
     async def _spawn(self) -> None:
+        for folder in (self._run_dir, self._log.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             os.replace(self._log, f"{self._log}.1")
+        self._known = set()
         command = [sys.executable, "-I", "-S", str(Path(keeper.__file__))]
-        life_end, self._life_fd = os.pipe2(os.O_CLOEXEC)
         cores = sorted({*self.spec.engine_cores, *self.spec.front_cores})
-        command += [str(life_end), str(GRACE_S), str(int(self.spec.idle_class))]
-        command += [",".join(map(str, cores)) or "-", *self._argv(self._port)]
-        self._log.parent.mkdir(parents=True, exist_ok=True)
+        engine = [",".join(map(str, cores)) or "-", *self._argv(self._port)]
+        life_end, self._life_fd = os.pipe2(os.O_CLOEXEC)
+        command += [str(life_end), str(GRACE_S), str(int(self.spec.idle_class)), *engine]
         try:
             with self._log.open("wb") as output:
                 self._keeper = await asyncio.create_subprocess_exec(
@@ -301,16 +340,21 @@ class EngineSupervisor:
             raise
         finally:
             os.close(life_end)
-        self._known = set()
-        self._remember()
 
     async def _await_end(self) -> EngineExit:
         """The keeper ends last; only if it was killed itself is anything left to end here."""
         assert self._keeper is not None
         returncode = await self._keeper.wait()
-        await asyncio.to_thread(identity.end_processes, self._known, deadline_s=SWEEP_DEADLINE_S)
-        os.close(self._life_fd)
-        self._record.unlink(missing_ok=True)
+        try:
+            await asyncio.to_thread(
+                identity.end_processes, self._known, deadline_s=SWEEP_DEADLINE_S
+            )
+            self._record.unlink(missing_ok=True)
+        except Exception as error:
+            # The record stays: no start succeeds before these processes are gone.
+            logger.error("engine=%s action=end_rest problem=%s", self.spec.name, error)
+        finally:
+            os.close(self._life_fd)
         self.last_exit = EngineExit(
             returncode=returncode,
             lived_s=time.monotonic() - self._started_s,
@@ -322,19 +366,25 @@ class EngineSupervisor:
         return self.last_exit
 
     async def _end_orphan(self) -> None:
-        members = identity.read_record(self._record)
-        if members:
-            try:
-                ended = await asyncio.to_thread(
-                    identity.end_processes, members, deadline_s=SWEEP_DEADLINE_S
-                )
-            except TimeoutError as error:
-                raise EngineStartError(
-                    f"engine {self.spec.name} of an earlier life cannot be ended: {error}"
-                ) from error
-            if ended:
-                logger.warning("engine=%s action=end_orphan pids=%s", self.spec.name, ended)
+        record = identity.read_record(self._record)
+        if record is None:
+            return
+        if record.is_owned_by_another():
+            raise EngineStartError(
+                f"another owner (process {record.owner.pid}) runs engine {self.spec.name} in "
+                f"run_dir {self._run_dir}; name another run_dir, or end that process"
+            )
+        try:
+            ended = await asyncio.to_thread(
+                identity.end_processes, record.members, deadline_s=SWEEP_DEADLINE_S
+            )
             self._record.unlink(missing_ok=True)
+        except OSError as error:
+            raise EngineStartError(
+                f"engine {self.spec.name} of an earlier life cannot be ended: {error}"
+            ) from error
+        if ended:
+            logger.warning("engine=%s action=end_orphan pids=%s", self.spec.name, ended)
 
     async def _place(self) -> None:
         """Place the engine's threads; not the keeper, which must be able to act at once."""
@@ -345,11 +395,15 @@ class EngineSupervisor:
     def _remember(self) -> None:
         """Record processes that are new; the record never shrinks during one life."""
         assert self._keeper is not None
+        owner, keeper_itself = identity.identify(os.getpid()), identity.identify(self._keeper.pid)
+        if owner is None or keeper_itself is None:
+            return  # the keeper has ended: nothing new comes
         tree = process_tree(self._keeper.pid)
         known = {found for pid in tree if (found := identity.identify(pid))}
         if not known <= self._known:
             self._known |= known
-            identity.write_record(self._record, sorted(self._known, key=lambda one: one.pid))
+            members = tuple(sorted(self._known, key=lambda one: one.pid))
+            identity.write_record(self._record, identity.Record(owner, keeper_itself, members))
 
     def _tail(self) -> str:
         try:

@@ -127,6 +127,23 @@ def test_a_wiped_redis_never_lowers_the_epoch(store: redis.Redis) -> None:
     asyncio.run(run())
 
 
+def test_foreign_text_for_an_epoch_costs_the_lease_and_not_the_keeper(
+    store: redis.Redis,
+) -> None:
+    async def run() -> None:
+        async with kept(LeaseKeeper(url_of(store), LEASE)) as keeper:
+            keeper.restarted()
+            await until(lambda: keeper.status.is_published)
+            store.set(epoch_key(ENGINE), "foreign")
+            await until(lambda: "ValueError" in (keeper.status.problem or ""))
+            store.set(epoch_key(ENGINE), keeper.status.fencing_epoch)
+            await until(lambda: keeper.status.is_published)
+            store.set(epoch_key(ENGINE), "foreign")
+        assert store.get(epoch_key(ENGINE)) == "foreign"  # and leaving was orderly
+
+    asyncio.run(run())
+
+
 def test_a_keeper_that_was_overtaken_publishes_nothing_and_removes_nothing(
     store: redis.Redis,
 ) -> None:

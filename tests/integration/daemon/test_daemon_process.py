@@ -126,6 +126,23 @@ def test_a_killed_daemon_leaves_a_closed_gate_and_no_engine_and_can_be_started_a
     eventually("nothing left", lambda: not engine_processes(node))
 
 
+def test_leftovers_end_with_the_kill_switch_on(
+    node: Any, stand_in: StartDaemon, eventually: Eventually
+) -> None:
+    daemon = stand_in()
+    eventually("lane open", lambda: node.word().gate_open)
+    front = daemon.status()["engine"]["pid"]
+    keeper = psutil.Process(front).ppid()
+    os.kill(keeper, signal.SIGSTOP)  # so that it cannot see its owner die
+    daemon.end(signal.SIGKILL)
+    assert engine_processes(node)
+    node.kill_file.touch()
+    second = stand_in()
+    assert not engine_processes(node)
+    assert second.status()["reason"] == "kill_switch"
+    assert second.end() == 0
+
+
 def test_a_stopped_daemon_closes_by_silence_and_starts_slowly_when_it_continues(
     node: Any, stand_in: StartDaemon, eventually: Eventually
 ) -> None:
@@ -246,6 +263,12 @@ def test_the_operators_mode_holds_and_releases_the_harvest_over_a_restart(
     assert caught.value.code == 400
     caught.value.close()
     assert "rowen_gate_open 1.0" in daemon.ask("/metrics")
+    url = (node.run_dir / "admin-url").read_text(encoding="utf-8").strip() + "/status"
+    request = urllib.request.Request(url, headers={"Host": "rebound.example"})
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=10)
+    assert caught.value.code == 403
+    caught.value.close()
 
 
 def test_a_deleted_lane_is_made_anew_and_everybody_follows(

@@ -51,6 +51,15 @@ def test_paths_count_from_the_file_and_the_engine_gets_lane_and_bounds(tmp_path:
     }
 
 
+@pytest.mark.parametrize(("said", "expected"), [({}, True), ({"idle_class": False}, False)])
+def test_rollouts_are_in_the_idle_class_unless_the_file_says_no(
+    tmp_path: Path, said: dict[str, bool], expected: bool
+) -> None:
+    rollout = {"name": "rollout", "role": "rollout", "model": "model"} | said
+    config, _ = load_config(write(tmp_path, rollout=rollout))
+    assert config.rollout.idle_class == expected
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -58,6 +67,9 @@ def test_paths_count_from_the_file_and_the_engine_gets_lane_and_bounds(tmp_path:
         ({"nodes": "x"}, "nodes: is not a field of this document; did you mean node?"),
         ({"admin": {"host": "0.0.0.0"}}, "admin.host: is '0.0.0.0': input should be"),
         ({"redis_url": "http://x"}, "redis_url: is 'http://x'"),
+        ({"redis_url": "redis://h:port"}, "no Redis client can be made from this (Port could not"),
+        ({"redis_url": "redis://h?colour=red"}, "no Redis client can be made from this"),
+        ({"redis_url": "rediss://h?ssl_cert_reqs=odd"}, "no Redis client can be made from this"),
         (
             {"rollout": {"name": "rollout", "role": "serving", "model": "model"}},
             "rollout.role is 'serving', expected 'rollout'",

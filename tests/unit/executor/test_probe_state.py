@@ -91,7 +91,8 @@ def test_busy_time_counts_only_while_there_are_requests(path: Path, probe: Probe
     still = read(path)
     probe.publish(running=0, waiting=0)
     after = read(path)
-    assert idle.busy_ns_total == busy.busy_ns_total == 0
+    assert idle.busy_ns_total == 0
+    assert busy.busy_ns_total == busy.heartbeat_ns - busy.changed_ns
     assert idle.changed_ns < busy.changed_ns == still.changed_ns < after.changed_ns
     assert after.busy_ns_total == after.changed_ns - busy.changed_ns
     probe.publish(running=0, waiting=0)
@@ -136,3 +137,25 @@ def test_a_truncated_lane_harms_nothing(path: Path, probe: Probe) -> None:
     path.unlink()
     Lane.create(path)
     until(lambda: read(path).requests_running == 1)
+
+
+def test_the_scheduler_never_waits_for_the_heartbeat_and_loses_nothing(
+    path: Path, probe: Probe
+) -> None:
+    with probe._lock:  # as while the heartbeat writes
+        probe.publish(running=3, waiting=0)
+        assert read(path).requests_running == 0
+    until(lambda: read(path).requests_running == 3)
+
+
+def test_a_failing_heartbeat_is_said_once_and_goes_on(
+    path: Path, probe: Probe, caplog: pytest.LogCaptureFixture
+) -> None:
+    probe._step_predicted_ms = "no number"  # type: ignore[assignment]
+    until(lambda: bool(caplog.records))
+    until(lambda: not probe._is_due)
+    probe._step_predicted_ms = 0.0
+    failed = read(path).heartbeat_ns
+    until(lambda: read(path).heartbeat_ns > failed)
+    assert len(caplog.records) == 1
+    assert "a heartbeat failed" in caplog.text
