@@ -54,14 +54,15 @@ fi
 ldconfig -p 2>/dev/null | grep -q 'libnuma\.so\.1' || [ -e /usr/lib/x86_64-linux-gnu/libnuma.so.1 ] ||
   debian "the library libnuma.so.1 (vLLM's CPU build loads it)" libnuma1
 
+log=$venv/setup.log  # pip's warnings; shown when something fails
 pip() { $venv/bin/python -m pip "$@" --no-input --disable-pip-version-check --progress-bar off --quiet; }
 say "torch (CPU build)"
-pip install --no-deps --require-hashes -r requirements/torch.lock 2>"$venv/torch.log" ||
-  pip install --no-deps --require-hashes -r requirements/torch.lock --index-url $torch_index ||
-  { cat "$venv/torch.log" >&2; fail "torch could not be installed from the configured index nor from $torch_index"; }
+pip install --no-deps --require-hashes -r requirements/torch.lock 2>"$log" ||
+  pip install --no-deps --require-hashes -r requirements/torch.lock --index-url $torch_index 2>>"$log" ||
+  { tail -n 20 "$log" >&2; fail "torch could not be installed from the configured index nor from $torch_index"; }
 say "$(grep -c '==' "$lock") packages of $lock (about 3 GB, one to three minutes)"
-pip install --no-deps --require-hashes -r "$lock"
-pip install --no-deps --no-build-isolation -e .
+{ pip install --no-deps --require-hashes -r "$lock" && pip install --no-deps --no-build-isolation -e .; } 2>"$log" ||
+  { tail -n 20 "$log" >&2; fail "pip could not install $lock; see above, and $log"; }
 say "the demo's model"
 $venv/bin/python -m rowen.cli.model
 touch "$stamp"

@@ -1,8 +1,8 @@
 """Asks the endpoint for completions, and does not give one up while its deadline lasts.
 
 The endpoint is Rowen's scheduler, or for a try a bare vLLM of 0.32 or later with
-``--enable-scale-out``.  A repeat carries the same ``X-Request-Id``, so that the endpoint takes it
-for the same trajectory and computes nothing twice.
+``--enable-scale-out``.  A repeat carries the same ``X-Request-Id``, so that
+Rowen's endpoint goes on after the last token it logged; a bare vLLM computes all of it again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 FIRST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 3.0
 ATTEMPT_TIMEOUT_S = 60.0
-"""A connection that brought nothing for so long is given up; the repeat joins the trajectory."""
+"""A connection that brought nothing for so long is given up; the repeat resumes the trajectory."""
 ANCHOR_NAMES = ("default", "")
 """What vLLM calls the weights that it was started with: version 0."""
 
@@ -141,14 +141,16 @@ class EndpointClient:
         self.counts.tokens += len(completion.token_ids)
         return completion
 
-    async def announce(self, version: int, host: str, port: int, *, deadline_s: float) -> None:
-        """Tell the endpoint that weights ``version`` can be fetched at ``host:port``; idempotent.
+    async def announce(
+        self, version: int, host: str, port: int, *, run: str, deadline_s: float
+    ) -> None:
+        """Tell the endpoint that weights ``version`` of ``run`` are at ``host:port``; idempotent.
 
         Raises:
             EndpointRefused: this endpoint knows no versions (a bare vLLM), or not this one.
             TimeoutError: not told; the engines stay on the version they have.
         """
-        body = {"version": version, "host": host, "port": port}
+        body = {"version": version, "host": host, "port": port, "run": run}
         await self._repeat(lambda: self._post("/rowen/v1/versions", body, {}), deadline_s)
 
     async def _repeat(self, attempt: Callable[[], Awaitable[Answer]], deadline_s: float) -> Answer:

@@ -94,6 +94,14 @@ def _problems(options: Options) -> list[str]:
         value = getattr(options, name)
         if value < least:
             found.append(f"--{name.replace('_', '-')} is {value}: give at least {least}")
+    problems = 90 * 90  # all two-digit additions
+    if options.evaluation_problems >= problems:
+        found.append(
+            f"--evaluation-problems is {options.evaluation_problems}: give less than {problems}, "
+            "which is all there are"
+        )
+    if options.deadline_s is not None and not options.deadline_s > 0:
+        found.append(f"--deadline-s is {options.deadline_s:g}: give more than 0")
     for name in ("lr", "evaluation_deadline_s", "stall_s", "trajectory_deadline_s"):
         value = getattr(options, name)
         if not value > 0:

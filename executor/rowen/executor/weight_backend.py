@@ -61,6 +61,8 @@ class RowenUpdateInfo(WeightTransferUpdateInfo):
     version: int
     host: str
     port: int
+    run: str = ""
+    """Training run of the version; empty for a publisher that does not say."""
 
     def __post_init__(self) -> None:
         if self.version < 0 or not 0 < self.port < 65536:
@@ -103,7 +105,7 @@ class RowenWeightTransferEngine(WeightTransferEngine[RowenInitInfo, RowenUpdateI
         layer_gate.attach(model, vllm_config)
         model.register_forward_pre_hook(self._refuse_if_poisoned)
         self._holding: Holding | None = None
-        self._publisher: tuple[str, int] | None = None
+        self._publisher: tuple[str, int, str] | None = None
         self._places: dict[str, Place] = {}
         self._is_poisoned = False
 
@@ -133,18 +135,20 @@ class RowenWeightTransferEngine(WeightTransferEngine[RowenInitInfo, RowenUpdateI
     def receive_weights(self, update_info: RowenUpdateInfo) -> None:
         """Fetch a version, patch the model, prove the result.
 
-        A version that is held already, from the same publisher, costs nothing.
+        A version that is held already, of the same run and publisher, costs nothing; where no run
+        is named, the publisher is asked whether the held chain is its own.
 
         Raises:
             PoisonedError: the old weights could not be proven to be back; the model refuses to
                 compute.
             WeightSyncError: anything else; the engine holds the version that it held before.
         """
-        publisher = (update_info.host, update_info.port)
-        if self.version == update_info.version and self._publisher == publisher:
+        publisher = (update_info.host, update_info.port, update_info.run)
+        is_held = self.version == update_info.version and self._publisher == publisher
+        if update_info.run and is_held:
             return
         started = time.perf_counter()
-        with PublisherClient(*publisher) as client:
+        with PublisherClient(update_info.host, update_info.port) as client:
             frame = self._fetch(client, update_info.version)
         if frame is None:
             self._publisher = publisher

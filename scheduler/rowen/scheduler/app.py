@@ -29,7 +29,8 @@ from rowen.scheduler.request import read_request
 from rowen.scheduler.settings import Settings
 from rowen.scheduler.status_views import engines_view, trajectories_view, versions_view
 from rowen.scheduler.trajectories import TrajectoryStore
-from rowen.scheduler.weight_sync import VersionSource, WeightSync
+from rowen.scheduler.versions import VersionSource
+from rowen.scheduler.weight_sync import WeightSync
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ class VersionAnnouncement(BaseModel):
     host: Annotated[str, Field(min_length=1)]
     """Address of the publisher, as the engines reach it."""
     port: Annotated[int, Field(ge=1, le=65535)]
+    run: Annotated[str, Field(max_length=200)] = ""
+    """Identity of the training run; with a new one the versions may begin again."""
 
 
 class Scheduler:
@@ -62,7 +65,7 @@ class Scheduler:
         self.started_unix_s = int(time.time())
         self.leases = LeaseReader(redis_url) if redis_url is not None else None
         self.weight_sync = WeightSync(settings)
-        self.registry = Registry(settings, session, self.leases, self._announced_version)
+        self.registry = Registry(settings, session, self.leases, lambda: self.weight_sync.source)
         self.weight_sync.attach(self.registry)
         self.store = TrajectoryStore(settings)
         self.dispatcher = Dispatcher(settings, self.registry, self.store)
@@ -71,17 +74,13 @@ class Scheduler:
             SchedulerCollector(self.registry, self.store, self.dispatcher, self.weight_sync)
         )
 
-    def _announced_version(self) -> int | None:
-        source = self.weight_sync.source
-        return source.version if source is not None else None
-
     def stop_soon(self) -> None:
         """End every open request with an answer; callable from a signal handler."""
         self._loop.call_soon_threadsafe(self.dispatcher.end_all)
 
     async def close(self) -> None:
-        await self.dispatcher.close()
         await self.weight_sync.close()
+        await self.dispatcher.close()
         if self.leases is not None:
             await self.leases.close()
 
@@ -212,7 +211,7 @@ def _add_rowen_routes(app: FastAPI) -> None:
     async def announce(request: Request, announcement: VersionAnnouncement) -> dict[str, Any]:
         """Tell that a version is published; returns at once, the engines follow."""
         parts = _parts(request)
-        source = VersionSource(announcement.version, announcement.host, announcement.port)
+        source = VersionSource(**announcement.model_dump())
         is_new = parts.weight_sync.announce(source)
         return {"is_new": is_new, **versions_view(parts.registry, parts.weight_sync)}
 

@@ -44,7 +44,8 @@ WRONG_REQUEST = frozenset({400, 413, 422})
 """Statuses by which an engine says that the request itself is wrong."""
 
 REFUSALS_OF_A_CONTINUATION = 3
-"""The request was right once; when three engines in a row refuse its rest, no fourth will do."""
+"""The request was right once; when its rest was refused three times without a token in between, no
+fourth engine will do.  Aborts and stalls do not count."""
 
 RETRY_WAIT_S = 0.05
 RETRY_WAIT_MAX_S = 2.0
@@ -215,9 +216,10 @@ class Dispatcher:
     def _assign(self, trajectory: Trajectory, engine_id: str, now: float) -> Stay:
         engine = self._registry.engines[engine_id]
         assert engine.version is not None  # routable engines have a verified one
-        stay = Stay(engine, engine.version, now)
-        engine.stays.add(stay)
         request = trajectory.request
+        prefill_tokens = len(request.prompt) + len(trajectory.log.tokens)
+        stay = Stay(engine, engine.version, now, prefill_tokens)
+        engine.stays.add(stay)
         self._affinity.note(engine, stay.version, request.trajectory_key, request.group_key)
         return stay
 
@@ -265,6 +267,10 @@ class Dispatcher:
         has_progress = len(tokens.tokens) > logged_before
         is_excused = stay.cause is not None and stay.cause not in FAULTS
         trajectory.fruitless = 0 if has_progress or is_excused else trajectory.fruitless + 1
+        if has_progress:
+            trajectory.refusals = 0
+        elif refusal is not None and refusal.status in WRONG_REQUEST:
+            trajectory.refusals += 1
         self._judge_stay(trajectory, stay, refusal)
 
     def _judge_stay(
@@ -284,9 +290,11 @@ class Dispatcher:
             return
         if refusal is not None and refusal.status in WRONG_REQUEST:
             is_first = len(trajectory.log.tokens) == 0
-            if is_first or trajectory.fruitless >= REFUSALS_OF_A_CONTINUATION:
+            if is_first or trajectory.refusals >= REFUSALS_OF_A_CONTINUATION:
                 raise _RequestRefusedError(refusal)
         cause = stay.cause
+        if cause == "slow":  # of this stream only: the engine makes tokens for others
+            trajectory.left_engine = engine.engine_id
         if cause in FAULTS:
             assert cause is not None
             trajectory.left_engine = engine.engine_id
@@ -319,6 +327,7 @@ class Dispatcher:
         for choice in choices:
             if choice.token_ids:
                 tokens.append(choice.token_ids, choice.logprob_entries)
+                stay.has_token = True
                 self._count_tokens(engine, str(stay.version), len(choice.token_ids), now)
             stay.last_token_s = now
             if choice.finish_reason is not None:

@@ -15,6 +15,7 @@ from rowen.scheduler.engines import EngineDecision, EngineSeen, EngineState, Rea
 from rowen.scheduler.history import TokenHistory
 from rowen.scheduler.route import EngineView
 from rowen.scheduler.trajectory import Decision
+from rowen.scheduler.versions import VersionSource
 
 ROUTABLE = frozenset({EngineState.READY, EngineState.THROTTLED})
 
@@ -28,6 +29,9 @@ class Stay:
     """The engine's verified version when the request was routed there."""
     last_token_s: float
     """When it last got a token; the routing time before the first."""
+    prefill_tokens: int = 0
+    """Tokens that the engine has to read before it makes the first."""
+    has_token: bool = False
     task: asyncio.Task[None] | None = None
     cause: str | None = None
     """Why it was, or has to be, left before the engine ended it."""
@@ -51,6 +55,8 @@ class SyncRecord:
     is_initialized: bool = False
     is_tainted: bool = False
     """An update did not end well: only a complete one tells what the weights are."""
+    failed_source: VersionSource | None = None
+    """What the latest update was to, if it failed."""
     problem: str | None = None
     task: asyncio.Task[None] | None = None
     """The update under way."""
@@ -75,6 +81,8 @@ class Engine:
     is_refused: bool = False
     failed_checks: int = 0
     version: int | None = None
+    run: str = ""
+    """Training run of ``version``; empty for the weights of the start, and where nobody told."""
     is_updating: bool = False
     faults_in_row: int = 0
     faults_total: int = 0
@@ -104,13 +112,17 @@ class Engine:
     def is_routable(self) -> bool:
         return self.decision.action in ROUTABLE
 
+    def is_of_run(self, run: str | None) -> bool:
+        """Do its weights belong to the run?  Those of the start are version 0 of any."""
+        return run is None or self.run == run or (self.version == 0 and not self.run)
+
     def restart(self, client: EngineClient, epoch: int) -> None:
         """A new process answers for this engine: forget what was known of the old one."""
         self.client, self.epoch = client, epoch
         self.was_seen = self.is_refused = False
         self.failed_checks = self.faults_in_row = 0
         self.rests_until_s = 0.0
-        self.version = None
+        self.version, self.run = None, ""
         if self.sync.task is not None:
             self.sync.task.cancel()  # it speaks to a process that is gone
         self.sync = SyncRecord()
@@ -123,7 +135,9 @@ class Engine:
             self.version = None
         self.check_now.set()
 
-    def seen(self, now_s: float, target_version: int, is_lease_verified: bool) -> EngineSeen:
+    def seen(
+        self, now_s: float, target_version: int, run: str | None, is_lease_verified: bool
+    ) -> EngineSeen:
         return EngineSeen(
             kind=self.kind,
             has_lease=self.lease is not None or not self.is_leased,
@@ -137,6 +151,7 @@ class Engine:
             is_updating=self.is_updating,
             version=self.version,
             target_version=target_version,
+            is_of_run=self.is_of_run(run),
         )
 
     def view(self, now_s: float) -> EngineView:

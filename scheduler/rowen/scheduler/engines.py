@@ -37,6 +37,7 @@ class Reason(StrEnum):
     BACKING_OFF = "backing_off"
     UPDATING = "updating"
     VERSION_UNKNOWN = "version_unknown"
+    OTHER_RUN = "other_run"
     VERSION_BEHIND = "version_behind"
     VERSION_AHEAD = "version_ahead"
     LEASE_UNVERIFIED = "lease_unverified"
@@ -67,6 +68,8 @@ class EngineSeen:
     version: int | None
     """Verified weight version; None before verification and after a failed update."""
     target_version: int
+    is_of_run: bool = True
+    """Its version is one of the announced training run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,8 @@ def decide(previous: EngineState, seen: EngineSeen, policy: EnginePolicy) -> Eng
         return EngineDecision(state.STALE, Reason.UPDATING, 0, True)
     if seen.version is None:
         return EngineDecision(state.STALE, Reason.VERSION_UNKNOWN, 0, True)
+    if not seen.is_of_run:
+        return EngineDecision(state.STALE, Reason.OTHER_RUN, 0, True)
     if seen.version > seen.target_version:
         return EngineDecision(state.STALE, Reason.VERSION_AHEAD, 0, True)
     if seen.target_version - seen.version > WAITING_TURN_VERSIONS:

@@ -44,6 +44,7 @@ class LeaseReader:
         )
         self._highest: dict[str, int] = {}
         self._unreadable: set[str] = set()
+        self._fenced: set[str] = set()
 
     async def read(self) -> dict[str, EngineLease]:
         """Every valid lease by engine id.
@@ -73,8 +74,20 @@ class LeaseReader:
                 self._unreadable.add(engine_id)
             return None
         self._unreadable.discard(engine_id)
-        if lease.engine_id != engine_id or lease.fencing_epoch < self._highest.get(engine_id, 0):
+        if lease.engine_id != engine_id:
             return None
+        highest = self._highest.get(engine_id, 0)
+        if lease.fencing_epoch < highest:
+            if engine_id not in self._fenced:
+                log.warning(
+                    "engine=%s lease=ignored fencing_epoch=%d highest_seen=%d",
+                    engine_id,
+                    lease.fencing_epoch,
+                    highest,
+                )
+                self._fenced.add(engine_id)
+            return None
+        self._fenced.discard(engine_id)
         self._highest[engine_id] = lease.fencing_epoch
         return lease
 

@@ -15,17 +15,21 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from rowen.policies.lease import EngineKind, EngineLease, Grant
-from rowen.scheduler.engine import Engine
+from rowen.scheduler.engine import Engine, Stay
 from rowen.scheduler.engine_client import EngineBrokenError, EngineClient, EngineRefusedError
 from rowen.scheduler.engines import EnginePolicy, EngineState, decide
 from rowen.scheduler.history import TokenHistory
 from rowen.scheduler.lease_reader import LeaseReader, RedisSilentError
 from rowen.scheduler.settings import Settings
+from rowen.scheduler.versions import VersionSource
 
 log = logging.getLogger(__name__)
 
 DRAIN_OF_ENDED_S = 1.0
 """An ended stream is read to its last byte to keep the connection; no longer than this."""
+
+PREFILL_S_PER_TOKEN = 0.01
+"""Allowed before the first token of a stay, per token to read; a CPU engine needs a few ms."""
 
 FORGET_AFTER_S = 3600.0
 """An engine without a lease for so long leaves the list."""
@@ -39,12 +43,12 @@ class Registry:
         settings: Settings,
         session: aiohttp.ClientSession,
         leases: LeaseReader | None,
-        target_version: Callable[[], int | None],
+        announced: Callable[[], VersionSource | None],
     ) -> None:
         self._settings = settings
         self._session = session
         self._leases = leases
-        self._announced = target_version
+        self._announced = announced
         self._policy = EnginePolicy(health_failures=settings.health_failures)
         self._loop = asyncio.get_running_loop()
         self._tasks: asyncio.TaskGroup
@@ -63,7 +67,7 @@ class Registry:
         """The announced version, or, before any announcement, the newest that an engine has."""
         announced = self._announced()
         if announced is not None:
-            return announced
+            return announced.version
         return max((e.version for e in self.engines.values() if e.version is not None), default=0)
 
     async def run(self) -> None:
@@ -170,9 +174,11 @@ class Registry:
         now = self._loop.time()
         lease_ms = engine.lease.lease_ms if engine.lease is not None else 0
         is_verified = (now - self._redis_answered_s) * 1000 < lease_ms
+        announced = self._announced()
+        run = announced.run if announced is not None else None
         decision = decide(
             engine.decision.action,
-            engine.seen(now, self.target_version, is_verified),
+            engine.seen(now, self.target_version, run, is_verified),
             self._policy,
         )
         before, engine.decision = engine.decision, decision
@@ -229,15 +235,23 @@ class Registry:
     def _leave_stalled(self, engine: Engine, now: float) -> None:
         if engine.grant is not Grant.RUN or engine.sequence_cap == 0:
             engine.run_since_s = now  # silence is what is asked of it
+        open_stays = [stay for stay in engine.stays if stay.decision is None]
+        longest_s = max(map(self._silence_allowed_s, open_stays), default=0.0)
+        # Only tokens show that the engine moves; one that never made any is judged by its stays.
+        moved_s = max(engine.last_token_s, engine.run_since_s)
+        is_stalled = now - moved_s > longest_s
         for stay in list(engine.stays):
             if stay.decision is not None:
                 if now - stay.last_token_s > DRAIN_OF_ENDED_S:
                     stay.abandon("ended")
-            elif (
-                not engine.is_updating
-                and now - max(stay.last_token_s, engine.run_since_s) > self._settings.stall_s
-            ):
-                stay.abandon("stalled")
+                continue
+            silent_s = now - max(stay.last_token_s, engine.run_since_s)
+            if not engine.is_updating and silent_s > self._silence_allowed_s(stay):
+                stay.abandon("stalled" if is_stalled else "slow")
+
+    def _silence_allowed_s(self, stay: Stay) -> float:
+        prefill_s = 0.0 if stay.has_token else PREFILL_S_PER_TOKEN * stay.prefill_tokens
+        return self._settings.stall_s + prefill_s
 
     # Health.
 

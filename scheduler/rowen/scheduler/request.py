@@ -125,6 +125,8 @@ def read_request(body: bytes, headers: Mapping[str, str], model: str) -> Generat
     _check_fields(parsed, body, model)
     _check_sampling(parsed.sampling_params)
     header_id = _id_header(headers, "x-request-id")
+    if parsed.request_id is not None:
+        _check_id("request_id", parsed.request_id)
     options = parsed.stream_options or _StreamOptions()
     passed: dict[str, Any] = {}
     if parsed.cache_salt is not None:
@@ -224,11 +226,14 @@ def _check_integer(sampling: dict[str, Any], name: str, lowest: int) -> None:
 
 def _id_header(headers: Mapping[str, str], name: str) -> str | None:
     value = headers.get(name)
-    if value is None:
-        return None
+    if value is not None:
+        _check_id(name, value)
+    return value
+
+
+def _check_id(name: str, value: str) -> None:
     if not value or len(value) > MAX_ID_CHARS or not value.isascii() or not value.isprintable():
         raise wrong_field(name, value, f"give 1 to {MAX_ID_CHARS} printable ASCII characters")
-    return value
 
 
 def _staleness(headers: Mapping[str, str]) -> int | None:

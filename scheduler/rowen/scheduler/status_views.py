@@ -65,6 +65,7 @@ def versions_view(registry: Registry, weight_sync: WeightSync) -> dict[str, Any]
             {
                 "engine_id": engine.engine_id,
                 "version": engine.version,
+                "run": engine.run,
                 "state": engine.decision.action,
                 "is_updating": engine.is_updating,
                 "synced_at_unix_s": engine.sync.synced_unix_s,

@@ -76,6 +76,8 @@ class Trajectory:
     """The engine it left by a fault, to be avoided at the next choice."""
     fruitless: int = 0
     """Stays in a row without a token."""
+    refusals: int = 0
+    """Stays since the last token that an engine refused as a wrong request."""
     marks: set[str] = field(default_factory=set)
     """Which of the once-per-trajectory counters it is in."""
     runner: asyncio.Task[None] | None = None
@@ -195,7 +197,8 @@ class TrajectoryStore:
             self.counters.lost -= 1
         else:
             self.counters.cancelled -= 1
-        known.status, known.error, known.fruitless = Status.WAITING, None, 0
+        known.status, known.error = Status.WAITING, None
+        known.fruitless = known.refusals = 0
         del self._ended[known.key]
         return True
 

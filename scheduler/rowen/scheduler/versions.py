@@ -11,12 +11,23 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class VersionSource:
+    """Where a version can be fetched: the trainer's publisher."""
+
+    version: int
+    host: str
+    port: int
+    run: str = ""
+    """Which training run it belongs to; version numbers of two runs have nothing in common."""
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """An engine in the eyes of the version plan."""
 
     engine_id: str
     version: int | None
-    """None: unknown, which only an update cures."""
+    """None: unknown or of another run, which only an update cures."""
     is_reachable: bool
     """It answers, is not draining and does not rest after a fault."""
     is_serving: bool
@@ -25,13 +36,16 @@ class Candidate:
     retry_in_s: float
     """Rest after a failed update; 0 when it may be tried."""
     running: int
+    has_failed: bool = False
+    """Its latest update failed, and was to the same version from the same source."""
 
 
 def choose_updates(engines: Sequence[Candidate], target_version: int) -> list[str]:
     """The engines to update now, in order; empty when all are there or have to wait.
 
-    Never waits for ever: of the serving engines one at least is chosen unless another update is
-    under way, and that has a deadline.
+    Of the serving engines one at least is chosen unless another update is under way, which has a
+    deadline.  The last serving one is left alone while another engine in reach fails on the same
+    source: it would only fail as well.  That ends with a success, another source or its loss.
     """
     behind = [
         e
@@ -45,8 +59,10 @@ def choose_updates(engines: Sequence[Candidate], target_version: int) -> list[st
     waiting = sorted((e for e in behind if e.is_serving), key=lambda e: (e.running, e.engine_id))
     serving = [e for e in engines if e.is_serving and not e.is_updating]
     if len(serving) == 1 and waiting:
-        # The only one in service: wait only for those that will be back within a deadline.
-        if not chosen and not any(e.is_updating for e in engines):
+        # The only one in service: wait for those that will be back, and where others fail.
+        others = [e for e in engines if e.engine_id != serving[0].engine_id]
+        is_hopeless = any(e.is_reachable and e.has_failed for e in others)
+        if not chosen and not is_hopeless and not any(e.is_updating for e in engines):
             chosen.extend(waiting)
     else:
         busy = sum(e.is_updating for e in engines)

@@ -83,13 +83,12 @@ def test_somebody_keeps_serving_while_engines_take_turns() -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("route", ["init", "start", "update", "finish"])
-def test_a_failed_update_keeps_the_engine_out_until_one_succeeds(route: str) -> None:
+def test_a_failed_update_keeps_the_engine_out_until_one_succeeds() -> None:
     async def scenario() -> None:
         engine = EngineDouble()
         await engine.start()
         async with running_scheduler(engine.url) as rig:
-            engine.update_fault = route
+            engine.update_fault = "finish"
             await announce(rig, 1)
             await until(lambda: rig.scheduler.weight_sync.failures_total >= 2)
             assert rig.state(static_id(engine.url)) == "stale"
@@ -243,5 +242,45 @@ def test_versions_stay_true_while_updates_and_kills_come_at_random() -> None:
             assert (rig.counters.finished, rig.counters.lost) == (24, 0)
         for engine in engines:
             await engine.kill()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("route", ["init", "start", "update"])
+def test_an_engine_that_refused_an_update_serves_its_old_version(route: str) -> None:
+    async def scenario() -> None:
+        first, second = EngineDouble(), EngineDouble()
+        for engine in (first, second):
+            await engine.start()
+            engine.update_fault = route
+        async with running_scheduler(first.url, second.url) as rig:
+            await announce(rig, 1)
+            await until(lambda: rig.scheduler.weight_sync.failures_total >= 4)
+            _, answer = await rig.post(rig.body(PROMPT, 5))
+            assert answer["choices"][0]["token_ids"] == unbroken(PROMPT, 5)
+            first.update_fault = second.update_fault = None
+            await until(lambda: first.updates == second.updates == [1])
+        for engine in (first, second):
+            await engine.kill()
+
+    asyncio.run(scenario())
+
+
+def test_a_new_run_begins_with_any_version_and_the_old_one_stays_ended() -> None:
+    async def scenario() -> None:
+        engine = EngineDouble()
+        await engine.start()
+        async with running_scheduler(engine.url) as rig:
+            name, place = static_id(engine.url), {"host": "127.0.0.1", "port": 7}
+            for run, version in (("a", 4), ("b", 0), ("b", 1)):
+                body = {"version": version, "run": run, **place}
+                assert (await rig.post(body, path="/rowen/v1/versions"))[0] == 200
+                await until(lambda v=version: engine.updates[-1:] == [v])
+                await until(lambda: rig.state(name) == "ready")
+            body = {"version": 5, "run": "a", **place}
+            status, answer = await rig.post(body, path="/rowen/v1/versions")
+            assert (status, answer["error"]["param"]) == (409, "run")
+            assert engine.updates == [4, 0, 1]
+        await engine.kill()
 
     asyncio.run(scenario())

@@ -74,3 +74,12 @@ def test_of_two_serving_engines_the_emptier_goes_first() -> None:
 def test_engines_out_of_service_go_together() -> None:
     stale = [replace(SERVING, engine_id=name, is_serving=False, version=None) for name in "bcd"]
     assert choose_updates([SERVING, *stale], 2) == ["b", "c", "d"]
+
+
+def test_the_last_serving_engine_stays_while_another_fails_on_the_same_source() -> None:
+    failed = replace(
+        SERVING, engine_id="b", is_serving=False, version=None, retry_in_s=2.0, has_failed=True
+    )
+    assert choose_updates([SERVING, failed], 2) == []
+    assert choose_updates([SERVING, replace(failed, retry_in_s=0.0)], 2) == ["b"]
+    assert choose_updates([SERVING, replace(failed, is_reachable=False)], 2) == ["a"]

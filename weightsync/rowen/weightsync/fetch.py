@@ -37,9 +37,10 @@ from rowen.weightsync.messages import (
 from rowen.weightsync.ucx import UcxPort, is_loopback
 from rowen.weightsync.versions import Catalogue, Document, Have
 
-REPLY_DEADLINE_S: Final = 60.0
+REPLY_DEADLINE_S: Final = 15.0
 """For one answer; making a full copy of a 135 M-parameter model takes about a second, and a
-trainer in the idle scheduling class may be given little of the processor."""
+trainer in the idle scheduling class may be given little of the processor.  Clearly below the
+scheduler's ``sync_deadline_s`` (60), so that a stuck publisher ends as a refusal."""
 STALL_S: Final = 15.0
 """A transfer that does not move for this long is given up."""
 CONNECT_S: Final = 5.0
