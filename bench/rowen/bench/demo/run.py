@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rowen.bench.calibrate import calibrate
@@ -34,7 +34,7 @@ from rowen.bench.requests_file import write_requests
 from rowen.bench.scale import Scale
 from rowen.bench.window import ReplayRequest, WindowGoal, fit_window
 from rowen.cli.service import Service, ServiceSpec
-from rowen.cli.stack import MODEL_NAME, LocalStack, together
+from rowen.cli.stack import MODEL_NAME, SERVING_STEP_TOKENS, LocalStack, together
 from rowen.executor.supervisor import EngineState
 from rowen.policies.schema import HarvestPolicy
 
@@ -44,6 +44,10 @@ VOCABULARY = (1000, 49_000)
 REQUESTS_PER_S = 0.75
 """About so many per second of the replay (a slice with a burst has more): fewer of them would make
 the 99th percentile the largest value, more would shorten the answers until TPOT means little."""
+
+LEAST_OUTPUT_TOKENS = 8
+"""Shorter answers are raised to this (the scale says how many): a TPOT that is the mean of one or
+two gaps says where a neighbour's prefill fell, and little about the engine."""
 
 JOIN_DEADLINE_S = 240.0
 REPLAY_GRACE_S = 60.0
@@ -144,6 +148,7 @@ class Demo:
             seed=options.seed,
             repeats=2,
         )
+        model = replace(model, step_tokens=SERVING_STEP_TOKENS)
         budget = divide(time.monotonic() - self.started_s, engine_start_s)
         goal = WindowGoal(
             duration_s=budget.window_s,
@@ -152,6 +157,7 @@ class Demo:
             context_tokens=context,
             rate_factor=options.rate_factor,
             token_factor=options.token_factor,
+            least_output_tokens=LEAST_OUTPUT_TOKENS,
         )
         window = fit_window(options.trace, goal, model, source=options.source)
         for line in window.scale.lines():
