@@ -1,4 +1,9 @@
-"""Percentiles of serving latency, and how sure one can be of their ratio between two arms."""
+"""Percentiles of serving latency, and how sure one can be of their ratio between two arms.
+
+Where an arm replays its requests several times, a percentile is taken in each pass and averaged.
+That of all passes together would be another estimator: with one outlier in 71 requests P99 weighs
+it with 0.3, with the same outlier twice in 142 requests with 0.6, and equal arms would differ.
+"""
 
 from __future__ import annotations
 
@@ -70,18 +75,26 @@ def percentile(values: Iterable[float | None], rank: float) -> float | None:
 def summarise(records: Sequence[ServingRecord]) -> LatencySummary:
     """Summarise the records of one arm."""
     answered = [record for record in records if record.status == "ok"]
-    ttft_ms = [record.ttft_ms for record in answered]
-    tpot_ms = [record.tpot_ms for record in answered]
     return LatencySummary(
         requests=len(answered),
         failed=sum(record.status == "error" for record in records),
         unfinished=sum(record.status == "cancelled" for record in records),
-        ttft_p50_ms=percentile(ttft_ms, 50),
-        ttft_p99_ms=percentile(ttft_ms, 99),
-        tpot_p50_ms=percentile(tpot_ms, 50),
-        tpot_p99_ms=percentile(tpot_ms, 99),
+        ttft_p50_ms=_over_passes(answered, "ttft", 50),
+        ttft_p99_ms=_over_passes(answered, "ttft", 99),
+        tpot_p50_ms=_over_passes(answered, "tpot", 50),
+        tpot_p99_ms=_over_passes(answered, "tpot", 99),
         lateness_p99_ms=percentile((record.lateness_ms for record in records), 99),
     )
+
+
+def _over_passes(records: Sequence[ServingRecord], metric: Metric, rank: float) -> float | None:
+    """The mean over the passes of each pass's percentile; None without a value."""
+    passes: defaultdict[int, list[float | None]] = defaultdict(list)
+    for record in records:
+        passes[record.pass_number].append(_VALUE[metric](record))
+    each = [percentile(values, rank) for values in passes.values()]
+    present = [value for value in each if value is not None]
+    return sum(present) / len(present) if present else None
 
 
 def ratio_interval(
@@ -151,17 +164,23 @@ def _ratios(
 
 
 def _percentiles(value_RP: FloatMatrix, drawn_BR: IntMatrix, rank: float) -> FloatArray:
-    """Return the percentile (linear between ranks) of the drawn requests' values in each row.
+    """Return for each row of drawn requests the mean over the passes of each pass's percentile.
 
-    numpy's ``nanpercentile`` gives the same, row by row in Python, a hundred times slower.
+    numpy's ``nanpercentile`` gives a pass's percentile (linear between ranks) as well, row by row
+    in Python, a hundred times slower.
     """
-    sorted_BN = np.sort(value_RP[drawn_BR].reshape(drawn_BR.shape[0], -1), axis=1)  # NaN last
-    place_B = (np.count_nonzero(~np.isnan(sorted_BN), axis=1) - 1) * rank / 100.0
-    below_B = np.floor(place_B).astype(np.int64)
-    above_B = np.ceil(place_B).astype(np.int64)
-    row_B = np.arange(sorted_BN.shape[0])
-    low_B = sorted_BN[row_B, below_B]
-    result_B: FloatArray = low_B + (sorted_BN[row_B, above_B] - low_B) * (place_B - below_B)
+    sorted_BRP = np.sort(value_RP[drawn_BR], axis=1)  # NaN last
+    count_BP = np.count_nonzero(~np.isnan(sorted_BRP), axis=1)
+    place_BP = np.maximum(count_BP - 1, 0) * rank / 100.0
+    below_BP = np.floor(place_BP).astype(np.int64)
+    above_BP = np.ceil(place_BP).astype(np.int64)
+    low_BP = np.take_along_axis(sorted_BRP, below_BP[:, None, :], axis=1)[:, 0, :]
+    high_BP = np.take_along_axis(sorted_BRP, above_BP[:, None, :], axis=1)[:, 0, :]
+    value_BP = low_BP + (high_BP - low_BP) * (place_BP - below_BP)
+    # A pass without a value among the drawn requests is NaN and does not count.
+    counted_BP = ~np.isnan(value_BP)
+    total_B = np.where(counted_BP, value_BP, 0.0).sum(axis=1)
+    result_B: FloatArray = total_B / counted_BP.sum(axis=1)
     return result_B
 
 

@@ -108,5 +108,18 @@ def test_percentiles_of_draws_agree_with_numpy_also_where_a_pass_is_missing() ->
     value_RP[[2, 5], 2] = np.nan
     drawn_BR = random.integers(0, 20, (7, 20))
     for rank in (0, 37.5, 50, 99, 100):
-        expected = [np.nanpercentile(value_RP[row_R], rank) for row_R in drawn_BR]
+        expected = [
+            np.mean([np.nanpercentile(value_RP[row_R, n], rank) for n in range(3)])
+            for row_R in drawn_BR
+        ]
         assert _percentiles(value_RP, drawn_BR, rank) == pytest.approx(expected)
+
+
+def test_replaying_the_same_answers_twice_changes_no_percentile() -> None:
+    """A percentile of all passes together would: one outlier in 71, or the same twice in 142."""
+    once = [record(n, 100.0 + n) for n in range(70)] + [record(70, 1000.0)]
+    twice = once + [record(one.index, one.ttft_ms or 0.0, pass_number=1) for one in once]
+    assert summarise(twice).ttft_p99_ms == summarise(once).ttft_p99_ms
+    interval = ratio_interval(once, twice, "ttft", 99, resamples=50)
+    assert interval is not None
+    assert interval.ratio == pytest.approx(1.0)
