@@ -49,7 +49,10 @@ class Node:
             EngineSpec(name="serving", role="serving", **shared), run_dir=folder
         )
         self.rollout = EngineSupervisor(
-            EngineSpec(name="rollout", role="rollout", idle_class=True, **shared), run_dir=folder
+            # Not in the idle class: the gate has to hold by itself, where the kernel would keep the
+            # engine off the core before it can look.
+            EngineSpec(name="rollout", role="rollout", **shared),
+            run_dir=folder,
         )
         self.reader = Lane.open(self.lane, role="reader")
         self.is_open = True
@@ -127,12 +130,17 @@ async def rollouts_stand_still_while_serving_works(
     rolling = asyncio.create_task(generate(session, node.rollout.url, 900))
     before = node.reader.read_gate().tokens_total
     await node.until(lambda: node.reader.read_gate().tokens_total > before + 20)
+    samples_before = node.reader.read_gate().samples_total
     serving = asyncio.create_task(generate(session, node.serving.url, 600))
     await node.until(lambda: node.reader.read_probe().is_busy)
     busy_since_ns = node.reader.read_probe().changed_ns
-    await node.until(lambda: node.reader.read_gate().samples_total >= 1)
+
+    def is_held() -> bool:
+        gate = node.reader.read_gate()
+        return gate.samples_total > samples_before and not gate.is_open
+
+    await node.until(is_held)
     held_from = node.reader.read_gate()
-    assert not held_from.is_open
     probe = held_until = None
     while (probe := node.reader.read_probe()).changed_ns == busy_since_ns:
         held_until = node.reader.read_gate()

@@ -132,7 +132,12 @@ class Loop:
             is_killed=seen.kill_switch is not False,
             is_memory_short=guard.is_memory_short(seen.available_memory_bytes, self.policy),
             engine=self._engine.phase,
-            is_obedient=is_obedient(seen.gate, seen.now_ns, self._link.closed_since_ns),
+            is_obedient=is_obedient(
+                seen.gate,
+                seen.now_ns,
+                self._link.closed_since_ns,
+                is_serving_busy=seen.probe is not None and seen.probe.is_busy,
+            ),
         )
 
     def _report(self, tick: Tick) -> None:

@@ -15,7 +15,6 @@ Standard library only: the keeper, which runs isolated from all packages, loads 
 
 import contextlib
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -80,13 +79,6 @@ def _remove_stale(parent: Path) -> None:
             pid = group.name.removeprefix(PREFIX)
             if pid.isdigit() and not Path(f"/proc/{pid}").exists():
                 remove(group)  # refused by the kernel while a process is in it
-
-
-def leave(group: Path, pids: Iterable[int]) -> None:
-    """Put processes back into the group above, where they get processor time to end."""
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            (group.parent / "cgroup.procs").write_text(str(pid))
 
 
 def enter(group: Path | None) -> Means:

@@ -189,8 +189,6 @@ class Keeper:
         began_s = time.monotonic()
         while (left := descendants()) and (now_s := time.monotonic()) < began_s + SWEEP_S:
             self.shared_memory |= shared_memory_of(left)
-            if self.group is not None:
-                idle_group.leave(self.group, left)
             for pid in left:
                 if not (is_tracker(pid) and now_s < began_s + TRACKER_S):
                     _signal(pid, signal.SIGKILL)
@@ -210,21 +208,18 @@ def _signal(pid: int, number: int) -> None:
 
 
 def _unbind(pid: int) -> None:
-    """Let a process that was sent SIGKILL use every core and, where permitted, the normal class.
+    """Let a process that was sent SIGKILL end on any core, in the class that it has.
 
-    Tearing down gigabytes takes processor time, of which an idle-class process on a core that
-    serving fills gets almost none.  Only for a process that runs no code of its own any more: one
-    that was merely asked to end would compute beside serving.
+    Tearing down two gigabytes takes up to a second of processor time.  An idle-class process must
+    not take that from production (in the normal class it did: a gap of 1.0 s in every answer), so
+    it only gets whatever core has something left.
     """
-    every_core = range(os.cpu_count() or 1)
     threads: list[str] = []
     with contextlib.suppress(OSError):
         threads = os.listdir(f"/proc/{pid}/task")
     for thread in threads:  # each by itself: threads end while we look
         with contextlib.suppress(OSError):
-            os.sched_setaffinity(int(thread), every_core)
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
+            os.sched_setaffinity(int(thread), range(os.cpu_count() or 1))
 
 
 def main(arguments: list[str]) -> None:

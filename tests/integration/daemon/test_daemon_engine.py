@@ -74,7 +74,9 @@ def test_the_daemon_harvests_beside_a_real_engine_and_gives_back(
         async with production(node, tiny_model) as serving:
             node.configure(
                 model=tiny_model,
-                rollout=SMALL | {"idle_class": True},
+                # The gate has to hold by itself: an idle-class engine would be kept off the core
+                # by the kernel before it can look.
+                rollout=SMALL | {"idle_class": False},
                 spec=QUICK_START,
                 serving={"url": serving.url},
             )
