@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rowen.bench.demo.outcome import busy_between, tokens_between, unmet
+from rowen.bench.demo.outcome import busy_between, stolen_between, tokens_between, unmet
 from rowen.bench.demo.watch import EngineSample, Sample, Watch
 
 
@@ -121,3 +121,9 @@ def test_counts_of_the_endpoint_add_up_over_its_lives() -> None:
     for finished in (5, 9, 2, 4):  # a restart after 9
         watch._take_counts({"finished": finished, "lost": 0, "migrated": 1})
     assert watch.trajectories == {"finished": 13, "lost": 0, "migrated": 1}
+
+
+def test_what_the_host_took_is_a_share_of_the_time() -> None:
+    samples = [Sample(0.0, steal_s=1.0), Sample(2.0, steal_s=1.5), Sample(4.0), Sample(5.0)]
+    assert stolen_between(samples, 0.0, 5.0) == 0.25
+    assert stolen_between(samples, 3.0, 5.0) is None

@@ -41,6 +41,7 @@ def conclude(demo: Demo, *, took_s: float) -> tuple[dict[str, Any], Series]:
         "rl": _rl(log),
         "gate": _gate(measured, watch),
         "scale": measured.scale.as_dict(),
+        "machine": _machine(measured, watch),
         "events": [asdict(event) for event in measured.events],
         "took_s": round(took_s, 1),
     }
@@ -133,6 +134,31 @@ def busy_between(samples: Sequence[Sample], from_s: float, to_s: float) -> float
         return None
     (first_s, first_ns), (last_s, last_ns) = seen[0], seen[-1]
     return (last_ns - first_ns) / 1e9 / (last_s - first_s)
+
+
+def _machine(measured: Measured, watch: Watch) -> dict[str, Any]:
+    """What the host took from the accelerator's core in each arm: on a shared machine a difference
+    here makes a difference in latency that no part of the run has caused."""
+    return {
+        "stolen_ratio_alone": stolen_between(
+            watch.samples, measured.alone_from_s, measured.alone_to_s
+        ),
+        "stolen_ratio_harvested": stolen_between(
+            watch.samples, measured.harvest_from_s, measured.harvest_to_s
+        ),
+    }
+
+
+def stolen_between(samples: Sequence[Sample], from_s: float, to_s: float) -> float | None:
+    """Share of the time that the host took; None without two readings."""
+    seen = [
+        (sample.monotonic_s, sample.steal_s)
+        for sample in samples
+        if from_s <= sample.monotonic_s <= to_s and sample.steal_s is not None
+    ]
+    if len(seen) < 2:
+        return None
+    return (seen[-1][1] - seen[0][1]) / (seen[-1][0] - seen[0][0])
 
 
 def _weights(log: training.Log, watch: Watch) -> dict[str, Any]:

@@ -82,6 +82,7 @@ class Measured:
     alone: list[ServingRecord] = field(default_factory=list)
     harvested: list[ServingRecord] = field(default_factory=list)
     alone_from_s: float = 0.0
+    alone_to_s: float = 0.0
     free_from_s: float = 0.0
     free_to_s: float = 0.0
     harvest_from_s: float = 0.0
@@ -100,7 +101,8 @@ class Demo:
         self.local = local
         self.say = local.say
         self.started_s = started_s
-        self.watch = Watch(local.endpoint, local.admin, local.lane_path)
+        core = local.stack.cores.accelerator
+        self.watch = Watch(local.endpoint, local.admin, local.lane_path, core)
         self.measured = Measured(training_log=local.run_dir / "training.jsonl")
         self.trainer = Service(training.service(options, local, self.measured.training_log))
         self._watching: asyncio.Task[None] | None = None
@@ -178,6 +180,7 @@ class Demo:
         self.say(f"serving alone for {window_s:.0f} s")
         self.measured.alone_from_s = time.monotonic()
         self.measured.alone = await self._replay(requests, "alone", passes=1, length_s=window_s)
+        self.measured.alone_to_s = time.monotonic()
         summary = summarise(self.measured.alone)
         self.say(
             f"alone: {summary.requests} requests, P99 TTFT {_ms(summary.ttft_p99_ms)}, "

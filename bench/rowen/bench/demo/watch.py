@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from rowen.cli.pages import PageError, read_page
 from rowen.executor.lane import CLOSE_SAMPLES, Lane, LaneError
 from rowen.policies.guard import Gate, Reason
@@ -44,6 +46,8 @@ class Sample:
     busy_ns_total: int | None = None
     """Time the serving engine was busy so far; None when the lane could not be read."""
     closings_total: int | None = None
+    steal_s: float | None = None
+    """Time that the host took from the accelerator's core so far (0 on bare metal)."""
 
 
 @dataclass
@@ -53,6 +57,7 @@ class Watch:
     endpoint: str
     admin: str
     lane_path: Path
+    accelerator_core: int = 0
     samples: list[Sample] = field(default_factory=list)
     decisions: list[dict[str, Any]] = field(default_factory=list)
     """Changes of the daemon's decision, oldest first, over all its lives."""
@@ -92,6 +97,7 @@ class Watch:
             engines=tuple(_engine(one) for one in (engines or {}).get("engines", ())),
             busy_ns_total=busy_ns,
             closings_total=closings,
+            steal_s=psutil.cpu_times(percpu=True)[self.accelerator_core].steal,
         )
         self.samples.append(sample)
         return sample
