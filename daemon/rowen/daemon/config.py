@@ -87,7 +87,7 @@ class NodeConfig(Strict):
         if redis_url is not None:
             try:
                 # Makes the client, connects to nothing yet.
-                ConnectionPool.from_url(redis_url).make_connection()  # type: ignore[no-untyped-call]
+                ConnectionPool.from_url(redis_url).make_connection()  # type: ignore[no-untyped-call]  # redis-py
             except (ValueError, TypeError, RedisError) as error:
                 raise ValueError(
                     f"no Redis client can be made from this ({error}); write it as "
